@@ -1,0 +1,264 @@
+"""One hand-checkable number per piece. Contract tests find broken shapes; these find wrong formulas."""
+
+from math import cos, exp, log, nan, pi, sqrt
+
+import pytest
+import torch
+
+from xmodal_opd.objective import Term, vocab
+from xmodal_opd.objective.advantages import ADVANTAGES
+from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.reductions import REDUCTIONS
+from xmodal_opd.objective.schedules import SCHEDULES
+from xmodal_opd.objective.surrogates import SURROGATES
+from xmodal_opd.objective.weights import WEIGHTS
+from xmodal_opd.types import Scores, TokenBatch
+
+P, Q = (0.5, 0.25, 0.15, 0.1), (0.2, 0.3, 0.1, 0.4)  # student, teacher
+# the two likeliest tokens of the student are (0, 1) with 0.25 left over; of the teacher (3, 1) with 0.65 and 0.3
+P_STUDENT, Q_STUDENT = (0.5, 0.25, 0.25), (0.2, 0.3, 0.5)
+P_TEACHER, Q_TEACHER = (0.1, 0.25, 0.65), (0.4, 0.3, 0.3)
+
+
+def kl(a, b):
+    return sum(x * log(x / y) for x, y in zip(a, b, strict=True))
+
+
+def mix(a, b, w):
+    return [w * x + (1 - w) * y for x, y in zip(a, b, strict=True)]
+
+
+def jsd(p, q, beta):
+    return beta * kl(q, mix(q, p, beta)) + (1 - beta) * kl(p, mix(q, p, beta))
+
+
+DIVERGENCE = [
+    ("forward_kl", {}, kl(Q, P)),
+    ("reverse_kl", {}, kl(P, Q)),
+    ("jeffreys", {"alpha": 0.2}, 0.2 * kl(Q, P) + 0.8 * kl(P, Q)),
+    ("jsd", {"beta": 0.2}, jsd(P, Q, 0.2)),
+    ("jsd", {"beta": 0.0}, kl(Q, P)),
+    ("jsd", {"beta": 1.0}, kl(P, Q)),
+    ("skew_forward_kl", {"alpha": 0.1}, kl(Q, mix(Q, P, 0.1))),
+    ("skew_forward_kl", {"alpha": 0.0}, kl(Q, P)),
+    ("skew_reverse_kl", {"alpha": 0.1}, kl(P, mix(P, Q, 0.1))),
+    ("skew_reverse_kl", {"alpha": 0.0}, kl(P, Q)),
+    ("total_variation", {}, (0.3 + 0.05 + 0.05 + 0.3) / 2),
+    ("hellinger", {}, 1 - sum(sqrt(p * q) for p, q in zip(P, Q, strict=True))),
+    ("topk_forward_kl", {"k": 2}, kl(Q_TEACHER, P_TEACHER)),
+    ("topk_forward_kl", {"k": 2, "by": "student"}, kl(Q_STUDENT, P_STUDENT)),
+    ("topk_forward_kl", {"k": 2, "rest": "drop"}, kl((0.4, 0.3), (0.1, 0.25))),
+    ("topk_forward_kl", {"k": 2, "rest": "renormalise"}, kl((4 / 7, 3 / 7), (2 / 7, 5 / 7))),
+    ("topk_forward_kl", {"k": 4}, kl(Q, P)),
+    ("topk_reverse_kl", {"k": 2}, kl(P_STUDENT, Q_STUDENT)),
+    ("topk_reverse_kl", {"k": 2, "by": "teacher"}, kl(P_TEACHER, Q_TEACHER)),
+    ("topk_reverse_kl", {"k": 2, "rest": "drop"}, kl((0.5, 0.25), (0.2, 0.3))),
+    ("topk_reverse_kl", {"k": 2, "rest": "renormalise"}, kl((2 / 3, 1 / 3), (0.4, 0.6))),
+    ("topk_reverse_kl", {"k": 9}, kl(P, Q)),
+    ("topk_jsd", {"k": 2, "beta": 0.3}, jsd(P_STUDENT, Q_STUDENT, 0.3)),
+]
+
+
+@pytest.mark.parametrize("name, options, expected", DIVERGENCE)
+def test_divergence_of_two_distributions(name, options, expected):
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in (P, Q))
+    assert DIVERGENCES[name](p, q, **options).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, expected", [("k1", log(2)), ("k2", log(2) ** 2 / 2), ("k3", 0.5 - 1 + log(2))])
+def test_estimate_from_a_token_twice_as_likely_for_the_student(name, expected):
+    logp, logq = torch.tensor([0.6]).log(), torch.tensor([0.3]).log()
+    assert SAMPLED[name](logp, logq).item() == pytest.approx(expected, abs=1e-6)
+
+
+def tiny(**scores) -> TokenBatch:
+    """Two responses to one prompt: three tokens, and one token followed by padding that must not count."""
+    return TokenBatch(
+        mask=torch.tensor([[True, True, True], [True, False, False]]),
+        group=torch.tensor([4, 4]),
+        student_logp=torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -9.0, -9.0]]),
+        scores=Scores({k: torch.tensor(v) for k, v in scores.items()}),
+    )
+
+
+H = [[0.0, 1.0, 2.0], [0.5, 99.0, 99.0]]  # the 98th percentile of 0, .5, 1, 2 is 1.94: scaled to 0, 1/1.94, 1, .5/1.94
+D = [[0.8, 0.4, 0.0], [0.6, 99.0, 99.0]]  # scaled to 1, .5, 0, .75
+TIP = {"student_entropy": H, "teacher_divergence": D}
+
+WEIGHT = [  # options, scores, expected on the four real tokens
+    ("student_entropy", {"keep": 0.4}, {"student_entropy": H}, [0, 1, 1, 0]),
+    (
+        "tip",
+        {"keep": 0.7},
+        TIP,
+        [2, 0, 2, 0],
+    ),  # scores 1, .758, 1 | .814; two of three and none of one; 4 tokens/2 kept
+    ("tip", {"keep": 1.0}, TIP, [1, 1, 1, 1]),
+    ("tip_confident", {"keep": 0.4}, TIP, [4, 0, 0, 0]),
+    ("top_kl", {"k": 2, "alpha": 3.0}, {"divergence": [[0.1, 0.3, 0.2], [0.0, 9.0, 9.0]]}, [1, 3, 3, 3]),
+    ("top_kl", {"k": 1}, {"divergence": [[0.2, 0.2, 0.2], [0.1, 9.0, 9.0]]}, [2, 1, 1, 2]),
+    ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
+    ("position_decay", {"half_life": 1.0}, {}, [1, 0.5, 0.25, 1]),
+    ("prefix", {"tokens": 2}, {}, [1, 1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize("name, options, scores, expected", WEIGHT)
+def test_weight_of_four_tokens(name, options, scores, expected):
+    batch = tiny(**scores)
+    assert WEIGHTS[name](batch, **options)[batch.mask].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_tip_prefers_the_confidently_wrong_and_the_uncertain():
+    batch = tiny(**TIP)
+    h, d = [0, 1 / 1.94, 1, 0.5 / 1.94], [1, 0.5, 0, 0.75]
+    batch = TokenBatch(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4))
+    batch.scores.update(
+        student_entropy=torch.tensor([[0.0, 1, 2, 0.5]]), teacher_divergence=torch.tensor([[0.8, 0.4, 0, 0.6]])
+    )
+    soft_or = [a + b - a * b for a, b in zip(h, d, strict=True)]
+    assert soft_or == pytest.approx([1, 0.757732, 1, 0.814433], abs=1e-6)
+    assert WEIGHTS["tip"](batch, keep=0.75)[0].tolist() == pytest.approx([4 / 3, 0, 4 / 3, 4 / 3])
+    assert WEIGHTS["tip_confident"](batch, keep=0.75)[0].tolist() == pytest.approx([4 / 3, 4 / 3, 0, 4 / 3])
+
+
+ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
+    ("reward", {}, {"reward": [1.0, -1.0]}, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [2, 3, 4, 3]),
+    ("reward", {"scale": 0.5}, {"reward": [1.0, nan]}, [[0.0] * 3] * 2, [0.5, 0.5, 0.5, nan]),
+    (
+        "teacher_logratio",
+        {"scale": 2.0},
+        {"teacher_logp": [[-2.0, -1.0, -3.0], [-1.0, 0.0, 0.0]]},
+        [[0.0] * 3] * 2,
+        [-2, 2, 0, 6],
+    ),
+    ("kl_baseline", {"scale": 2.0}, {"teacher_divergence": D}, [[1.0] * 3] * 2, [2.6, 1.8, 1, 2.2]),
+    # the responses are worth 2 and 6, so the mean is 4 (over tokens it would be 3)
+    ("group_center", {}, {}, [[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]], [-3, -2, -1, 2]),
+    ("group_normalize", {"eps": 0.0}, {}, [[1.0] * 3, [-1.0, 99.0, 99.0]], [sqrt(1 / 2)] * 3 + [-sqrt(1 / 2)]),
+    ("group_normalize", {"eps": 0.5}, {}, [[2.0] * 3, [nan] * 3], [2 / 1.5] * 3 + [nan]),
+    ("leave_one_out", {}, {}, [[1.0] * 3, [3.0, 99.0, 99.0]], [-2, -2, -2, 2]),
+    ("leave_one_out", {}, {}, [[2.0] * 3, [nan] * 3], [2, 2, 2, nan]),
+    ("discount", {"gamma": 0.5}, {}, [[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]], [3, 4, 4, 8]),
+    ("clip", {"limit": 2.0}, {}, [[-9.0, 1.0, 9.0], [0.0, 0.0, 0.0]], [-2, 1, 2, 0]),
+]
+
+
+@pytest.mark.parametrize("name, options, scores, before, expected", ADVANTAGE)
+def test_advantage_of_four_tokens(name, options, scores, before, expected):
+    batch = tiny(**scores)
+    after = ADVANTAGES[name](batch, torch.tensor(before), **options)
+    assert after[batch.mask].tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
+CLIP = {"low": 0.5, "high": 0.5}
+SURROGATE = [  # ratio, options, then for A = +1 and A = −1: loss, and its slope in log p
+    ("reinforce", 2, {}, (-log(2), log(2)), (-1, 1)),
+    ("importance", 2, {}, (-2, 2), (-2, 2)),
+    ("importance", exp(30), {}, (-exp(20), exp(20)), (0, 0)),
+    ("ppo_clip", 2, {"high": 9.0}, (-2, 2), (-2, 2)),
+    ("ppo_clip", 2, CLIP, (-1.5, 2), (0, 2)),
+    ("ppo_clip", 1 / 4, CLIP, (-1 / 4, 1 / 2), (-1 / 4, 0)),
+    ("ppo_clip", 8, {**CLIP, "dual": 3.0}, (-1.5, 3), (0, 0)),
+    ("ppo_clip", 2, {**CLIP, "dual": 3.0}, (-1.5, 2), (0, 2)),
+    ("cispo", 2, {}, (-2 * log(2), 2 * log(2)), (-2, 2)),
+    ("cispo", 2, CLIP, (-1.5 * log(2), 1.5 * log(2)), (-1.5, 1.5)),
+    ("cispo", 1 / 4, CLIP, (log(4) / 2, -log(4) / 2), (-1 / 2, 1 / 2)),
+]
+
+
+@pytest.mark.parametrize("name, ratio, options, loss, slope", SURROGATE)
+def test_surrogate_of_a_token(name, ratio, options, loss, slope):
+    log_ratio = torch.full((1, 2), log(ratio), dtype=torch.float64).requires_grad_()
+    adv, mask = torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    value = SURROGATES[name](log_ratio, adv, mask, **options)
+    assert value[0].tolist() == pytest.approx(loss)
+    assert torch.autograd.grad(value.sum(), log_ratio)[0][0].tolist() == pytest.approx(slope, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, loss, slope", [({"low": 9.0, "high": 9.0}, -2, -2), ({"low": 0.5, "high": 0.5}, -1.5, 0)]
+)
+def test_gspo_clips_the_geometric_mean_of_the_ratios(options, loss, slope):
+    log_ratio = torch.tensor([[log(8), log(0.5), 77.0]]).requires_grad_()  # the mean of log 8 and log ½ is log 2
+    mask = torch.tensor([[True, True, False]])
+    value = SURROGATES["gspo"](log_ratio, torch.ones(1, 3), mask, **options)
+    assert value[mask].tolist() == pytest.approx([loss, loss])
+    assert torch.autograd.grad(value[mask].sum(), log_ratio)[0][0].tolist() == pytest.approx([slope, slope, 0])
+
+
+REDUCTION = [  # lengths 3 and 1, and a response without tokens that does not count
+    ("sequence", {}, [1 / 2, 1 / 2]),
+    ("token", {}, [1 / 4, 1 / 4]),
+    ("sequence_token_mean", {}, [1 / 6, 1 / 2]),
+    ("constant", {"length": 10}, [1 / 20, 1 / 20]),
+]
+
+
+@pytest.mark.parametrize("name, options, expected", REDUCTION)
+def test_reduction_of_three_tokens_and_one(name, options, expected):
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    assert REDUCTIONS[name](mask, **options)[:2, 0].tolist() == pytest.approx(expected)
+
+
+SCHEDULE = [
+    ("constant", 7, {"start": 0.3}, 0.3),
+    ("constant", 0, {"warmup": 4}, 0.2),
+    ("constant", 4, {"warmup": 4}, 1),
+    ("linear", 0, {}, 1),
+    ("linear", 5, {"start": 2.0, "final": 1.0}, 1.5),
+    ("linear", 10, {"final": 0.1}, 0.1),
+    ("linear", 7, {"warmup": 4}, 0.5),
+    ("cosine", 5, {}, 0.5),
+    ("cosine", 2, {"final": 0.5}, 0.5 + 0.25 * (1 + cos(pi / 5))),
+    ("cosine", 10, {}, 0),
+]
+
+
+@pytest.mark.parametrize("name, step, options, expected", SCHEDULE)
+def test_schedule_over_eleven_steps(name, step, options, expected):
+    assert SCHEDULES[name](step, 11, **options) == pytest.approx(expected)
+
+
+AUDIO = [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.34, 0.33, 0.33]]
+TEXT = [[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.15, 0.75], [0.3, 0.3, 0.4]]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_cord_token_loss(chunk):
+    """arXiv:2601.16547 Eq. 2 and 4–7 on four tokens: K = 2, α = β = 2."""
+    logits = torch.tensor(AUDIO, dtype=torch.float64).log().requires_grad_()
+    head = torch.eye(3, dtype=torch.float64)
+    term = Term.build(divergence="reverse_kl", weights=[{"top_kl": {"k": 2}}, "position_linear"], reduction="sequence")
+    assert term.divergence is not None
+    d = vocab.divergence(term.divergence, logits, head, torch.tensor(TEXT).double().log(), head, chunk=chunk)
+    assert d.tolist() == pytest.approx([0.026812, 0.223805, 0.011084, 0.010525], abs=1e-6)
+    batch = TokenBatch(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4))
+    loss = term.loss(batch, term.judge(batch), d[None])
+    assert loss.item() == pytest.approx(0.878570, abs=1e-6)
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert (slope[1] / (10 / 3)).tolist() == pytest.approx([0.346243, -0.220389, -0.125854], abs=1e-6)
+    assert slope[0].sum().item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("surrogate", ["reinforce", "importance"])
+def test_cord_sequence_loss(surrogate):
+    """arXiv:2601.16547 Eq. 9 and 10: four answers to one prompt, judged 1, 0, 0, 1."""
+    mask = torch.arange(3)[None] < torch.tensor([3, 2, 1, 3])[:, None]
+    logp = torch.linspace(-2, -0.1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
+    batch = TokenBatch(mask, torch.zeros(4, dtype=torch.long), logp.detach())
+    batch.scores["reward"] = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    term = Term.build(advantages=["reward", "group_center"], surrogate=surrogate, reduction="sequence")
+    judged = term.judge(batch)
+    assert judged.advantage[mask].tolist() == [0.5] * 3 + [-0.5] * 3 + [0.5] * 3
+    (slope,) = torch.autograd.grad(term.loss(batch, judged, logp), logp)
+    a = torch.tensor([0.5, -0.5, -0.5, 0.5], dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(-(a * (logp * mask).sum(1)).sum() / 4, logp)
+    torch.testing.assert_close(slope, wanted)
+
+
+def test_every_piece_has_a_number():
+    tested = [DIVERGENCE, WEIGHT, ADVANTAGE, [*SURROGATE, ("gspo",)], REDUCTION, SCHEDULE]
+    tables = [DIVERGENCES, WEIGHTS, ADVANTAGES, SURROGATES, REDUCTIONS, SCHEDULES]
+    for rows, table in zip(tested, tables, strict=True):
+        assert {row[0] for row in rows} == table.keys()

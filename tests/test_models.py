@@ -1,0 +1,73 @@
+"""Sharing a prompt among its answers must change nothing: not the values, not any gradient, media included."""
+
+import pytest
+import torch
+from conftest import make_pairs
+
+from xmodal_opd import models
+from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.scoring.forward import Responses, student_logp
+from xmodal_opd.selftest import self_test
+from xmodal_opd.tokens import token_batch
+
+
+@pytest.fixture
+def rollouts(family):
+    name, model, _, adapter = family
+    pairs = make_pairs(adapter, 3, audio=name != "qwen2")
+    sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 9)
+    return sampler.generate(pairs, {"a": Sampling(3, 1.0)}, seed=5)["a"]
+
+
+def gradients(model, adapter, rollouts, view, share):
+    model.zero_grad()
+    mask = token_batch(rollouts).mask
+    hidden = Responses(adapter, share=share).hidden(model, rollouts, view, grad=True)
+    logp = student_logp(model, hidden, rollouts, mask)
+    (logp * torch.linspace(-1, 2, logp.numel()).view_as(logp)).sum().backward()
+    slopes = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return logp.detach(), slopes
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_shared_prompt_equals_repeated_prompt_in_values_and_gradients(family, rollouts, view):
+    name, model, _, adapter = family
+    (ours, slopes), (plain, expected) = (gradients(model, adapter, rollouts, view, share) for share in (True, False))
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    assert slopes.keys() == expected.keys()
+    if name != "qwen2" and view == "student":
+        assert any("audio" in n and g.abs().sum() > 0 for n, g in slopes.items())
+    scale = max(float(g.norm()) for g in expected.values())
+    for part, slope in slopes.items():
+        torch.testing.assert_close(
+            slope, expected[part], atol=2e-5 * scale, rtol=2e-3, msg=lambda m, p=part: f"{p}: {m}"
+        )
+
+
+def test_self_test_passes_and_catches_a_misaligned_sampler(family, rollouts):
+    _, model, _, adapter = family
+    found = self_test(model, Responses(adapter), rollouts)
+    assert found["selftest/prefix_kl"] < 1e-4
+    shifted = [type(r)(r.pair, r.tokens, [v - 1 for v in r.logps], r.text, r.finished, r.group) for r in rollouts]
+    with pytest.raises(RuntimeError, match="sampler and training forward disagree"):
+        self_test(model, Responses(adapter), shifted)
+
+
+def test_only_named_parts_train_and_copies_share_the_rest(tokenizer):
+    from conftest import omni
+
+    model, _ = omni(tokenizer)
+    names = models.set_trainable(model, ["audio_tower"])
+    assert names and all(n.startswith("audio_tower") for n in names)
+    copy = models.frozen_copy(model)
+    pairs = dict(
+        zip(dict(model.named_parameters()), zip(model.parameters(), copy.parameters(), strict=True), strict=True)
+    )
+    assert all((a is b) == (n not in names) for n, (a, b) in pairs.items())
+    with torch.no_grad():
+        model.audio_tower.proj.weight.add_(1.0)
+    models.update_ema(copy, model, 0.25)
+    torch.testing.assert_close(copy.audio_tower.proj.weight, model.audio_tower.proj.weight - 0.75)
+    with pytest.raises(ValueError, match="nothing to train: no parameter matches .'audoi'.*audio_tower"):
+        models.set_trainable(model, ["audoi"])

@@ -1,0 +1,450 @@
+"""Every listed piece obeys the contract of its slot, from the moment it is listed; and terms add up."""
+
+import inspect
+from dataclasses import replace
+from math import nan
+
+import pytest
+import torch
+
+from xmodal_opd.objective import Term, pick, rows
+from xmodal_opd.objective.advantages import ADVANTAGES, unjudged
+from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.reductions import REDUCTIONS
+from xmodal_opd.objective.schedules import SCHEDULES
+from xmodal_opd.objective.surrogates import SURROGATES
+from xmodal_opd.objective.weights import ROW_WEIGHTS, WEIGHTS
+from xmodal_opd.types import Scores, TokenBatch
+
+B, T, V = 4, 6, 9
+LENGTHS = (6, 3, 5, 1)
+SCORES = ("student_entropy", "teacher_divergence", "divergence", "teacher_logp")
+TOP = {"topk_forward_kl", "topk_reverse_kl", "topk_jsd"}
+VARIANTS = [
+    *((name, {"k": 4} if name in TOP else {}) for name in DIVERGENCES),
+    *((name, {"k": 4, "rest": "renormalise"}) for name in sorted(TOP)),
+    ("topk_reverse_kl", {"k": 4, "by": "teacher"}),
+    ("jsd", {"beta": 0.0}),
+    ("jsd", {"beta": 1.0}),
+]
+
+
+def random(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def example(width: int = T) -> TokenBatch:
+    """Four responses to two prompts. Columns beyond T are padding, and padding is full of misleading numbers."""
+
+    def numbers(seed: int, sign: int = 1) -> torch.Tensor:
+        padding = 50 + 10 * random(B, width, seed=seed).abs()
+        real = torch.nn.functional.pad(random(B, T, seed=seed + 100).abs(), (0, width - T))
+        return sign * torch.where(mask, real, padding)
+
+    mask = torch.arange(width)[None] < torch.tensor(LENGTHS)[:, None]
+    reward = torch.tensor([1.0, 0.25, 0.0, 1.0], dtype=torch.float64)
+    scores = {name: numbers(seed) for seed, name in enumerate(SCORES)}
+    return TokenBatch(mask, torch.tensor([7, 3, 3, 7]), numbers(9, sign=-1), Scores(scores, reward=reward))
+
+
+@pytest.fixture
+def batch() -> TokenBatch:
+    return example()
+
+
+@pytest.mark.parametrize("name, options", VARIANTS)
+def test_divergence_is_positive_and_zero_at_equality(name, options):
+    d, p, q = DIVERGENCES[name], random(B, T, V).log_softmax(-1), random(B, T, V, seed=1).log_softmax(-1)
+    value = d(p, q, **options)
+    assert value.shape == (B, T) and (value > 0).all()
+    assert d(q, q, **options).abs().max() < 1e-12
+    torch.testing.assert_close(value[1:2], d(p[1:2], q[1:2], **options), msg="tokens must not look at each other")
+
+
+@pytest.mark.parametrize("name, options", VARIANTS)
+def test_divergence_has_the_gradient_of_its_value(name, options):
+    q = random(3, V, seed=1).log_softmax(-1)
+    logits = random(3, V).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: DIVERGENCES[name](s.log_softmax(-1), q, **options), logits)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_survives_float32_and_hopeless_tokens(name):
+    logits = torch.tensor([[80.0, 0.0, -80.0]]).requires_grad_()
+    value = DIVERGENCES[name](logits.log_softmax(-1), torch.tensor([[-80.0, 0.0, 80.0]]).log_softmax(-1))
+    (slope,) = torch.autograd.grad(value.sum(), logits)
+    assert torch.isfinite(value).all() and torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("by", ["student", "teacher"])
+@pytest.mark.parametrize("name", sorted(TOP))
+def test_a_bucket_never_exceeds_the_full_divergence(name, by):
+    p, q = random(50, V).log_softmax(-1), random(50, V, seed=1).log_softmax(-1)
+    full = DIVERGENCES[name.removeprefix("topk_")](p, q)
+    assert (DIVERGENCES[name](p, q, k=3, by=by) <= full + 1e-12).all()
+
+
+def test_truncated_reverse_kl_does_not_drain_its_support():
+    """Without the constant log p the gradient also carries that of the top-k mass, pushing it out even at p = q."""
+    s, q = random(1, 30).requires_grad_(), random(1, 30, seed=1).log_softmax(-1)
+    p = s.log_softmax(-1)
+    top = p.topk(5).indices
+    plain = (p.exp() * (p - q)).gather(-1, top).sum()
+    kept = DIVERGENCES["topk_reverse_kl"](p, q, k=5, rest="drop").sum()
+    mass = p.exp().gather(-1, top).sum()
+    slope = [torch.autograd.grad(x, s, retain_graph=True)[0] for x in (plain, kept, mass)]
+    torch.testing.assert_close(slope[0] - slope[1], slope[2])
+    at_equality = DIVERGENCES["topk_reverse_kl"](p, p.detach(), k=5, rest="drop").sum()
+    assert torch.autograd.grad(at_equality, s)[0].abs().max() < 1e-12
+
+
+def expected_gradient(loss, s):
+    """Σ_a p(a) ∇ loss(a): what the average of many sampled losses would differentiate to."""
+    p = s.log_softmax(-1)
+    each = [torch.autograd.grad(loss(p[a], a), s, retain_graph=True)[0] for a in range(len(s))]
+    return sum(p[a].exp().item() * g for a, g in enumerate(each))
+
+
+@pytest.mark.parametrize("name, minimises", [("k1", None), ("k2", "reverse_kl"), ("k3", "forward_kl")])
+def test_what_each_estimator_really_minimises(name, minimises):
+    s, q = random(V).requires_grad_(), random(V, seed=1).log_softmax(-1)
+    got = expected_gradient(lambda logp, a: SAMPLED[name](logp, q[a]), s)
+    wanted = torch.zeros(V, dtype=torch.float64)
+    if minimises:
+        (wanted,) = torch.autograd.grad(DIVERGENCES[minimises](s.log_softmax(-1), q), s)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+def test_estimators_are_unbiased_as_numbers(name):
+    p, q = random(V).log_softmax(-1), random(V, seed=1).log_softmax(-1)
+    torch.testing.assert_close((p.exp() * SAMPLED[name](p, q)).sum(), DIVERGENCES["reverse_kl"](p, q))
+
+
+def judged_token(chain, p, q, a):
+    """The advantage a policy term gives to sampling token `a` of a one-token response."""
+    kl = DIVERGENCES["reverse_kl"](p, q).view(1, 1)
+    scores = Scores(teacher_logp=q[a].view(1, 1), teacher_divergence=kl)
+    batch = TokenBatch(torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.long), p[a].view(1, 1), scores)
+    return Term.build(advantages=chain, surrogate="reinforce").judge(batch).advantage
+
+
+def policy_gradients(chain, s, q):
+    """Gradient of the policy loss for every token that could be sampled [V, V], and their probabilities [V]."""
+    p = s.log_softmax(-1)
+    each = [
+        -judged_token(chain, p.detach(), q, a).item() * torch.autograd.grad(p[a], s, retain_graph=True)[0]
+        for a in range(V)
+    ]
+    return torch.stack(each), p.detach().exp()
+
+
+def test_kl_baseline_keeps_the_gradient_and_on_average_lowers_its_variance():
+    """vOPD, arXiv:2605.07865. Every possible sample is enumerated; single draws of (p, q) may go the other way."""
+    variance = []
+    for seed in range(40):
+        s, q = random(V, seed=seed).requires_grad_(), random(V, seed=seed + 1000).log_softmax(-1)
+        plain, p = policy_gradients(["teacher_logratio"], s, q)
+        based, _ = policy_gradients(["teacher_logratio", "kl_baseline"], s, q)
+        mean = p @ plain
+        torch.testing.assert_close(p @ based, mean)
+        torch.testing.assert_close(mean, torch.autograd.grad(DIVERGENCES["reverse_kl"](s.log_softmax(-1), q), s)[0])
+        variance.append([(p @ (g - mean).square().sum(1)).item() for g in (plain, based)])
+    ratio = torch.tensor(variance)
+    assert (ratio[:, 1] / ratio[:, 0]).mean() < 0.97
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weight_is_finite_positive_and_blind_to_padding(name, batch):
+    options = {"keep": 0.5} if "tip" in name else {}
+    w = WEIGHTS[name](batch, **options)
+    assert w.shape == (B, T) and torch.isfinite(w).all() and (w >= 0).all() and w[batch.mask].sum() > 0
+    wider = example(T + 5)
+    torch.testing.assert_close(WEIGHTS[name](wider, **options)[wider.mask], w[batch.mask])
+
+
+@pytest.mark.parametrize(
+    "name, options", [*((n, {}) for n in ROW_WEIGHTS), ("top_kl", {"k": 2}), ("prefix", {"tokens": 2})]
+)
+def test_row_weight_is_the_same_in_any_micro_batch(name, options, batch):
+    whole = ROW_WEIGHTS[name](batch, **options)
+    for index in (slice(0, 1), slice(1, 3), torch.tensor([3, 0])):
+        part = rows(batch, index)
+        torch.testing.assert_close(ROW_WEIGHTS[name](part, **options)[part.mask], whole[index][part.mask])
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weight_of_a_step_without_tokens(name, batch):
+    nothing = replace(batch, mask=torch.zeros_like(batch.mask))
+    assert torch.isfinite(WEIGHTS[name](nothing)).all()
+
+
+def test_tip_keeps_the_same_share_of_every_response(batch):
+    kept = (WEIGHTS["tip"](batch, keep=0.5) > 0).sum(1)
+    assert kept.tolist() == [n // 2 for n in LENGTHS]
+    assert (WEIGHTS["tip"](batch) * batch.mask).sum().item() == pytest.approx(sum(LENGTHS))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantage_is_finite_and_blind_to_padding_and_order(name, batch):
+    def shape(b):
+        return ADVANTAGES[name](b, b.student_logp)
+
+    a = shape(batch)
+    assert a.shape == (B, T) and torch.isfinite(a[batch.mask]).all()
+    wider, shuffled = example(T + 5), rows(batch, torch.tensor([2, 0, 3, 1]))
+    torch.testing.assert_close(shape(wider)[wider.mask], a[batch.mask])
+    back = torch.tensor([1, 3, 0, 2])
+    torch.testing.assert_close(shape(shuffled)[back][batch.mask], a[batch.mask])
+
+
+@pytest.mark.parametrize("name", [n for n in ADVANTAGES if n not in ("reward", "group_center")])
+def test_an_undecided_response_does_not_touch_the_others(name, batch):
+    before = random(B, T, seed=5)
+    before[1] = nan
+    without = torch.tensor([0, 2, 3])
+    alone = ADVANTAGES[name](rows(batch, without), before[without])
+    torch.testing.assert_close(
+        ADVANTAGES[name](batch, before)[without][batch.mask[without]], alone[batch.mask[without]]
+    )
+
+
+@pytest.mark.parametrize("name", ["group_center", "group_normalize", "leave_one_out"])
+def test_group_statistics_count_responses_not_tokens(name, batch):
+    """Repeating a response's reward over more tokens must not change anybody's advantage."""
+    lengthened = replace(batch, mask=torch.ones_like(batch.mask))
+    adv = ADVANTAGES["reward"](batch, torch.zeros(B, T, dtype=torch.float64))
+    torch.testing.assert_close(ADVANTAGES[name](batch, adv)[:, 0], ADVANTAGES[name](lengthened, adv)[:, 0])
+
+
+def test_equal_rewards_give_exactly_no_advantage_whatever_the_lengths(batch):
+    adv = torch.full((B, T), 0.1)
+    assert ADVANTAGES["group_normalize"](batch, adv).abs().max() == 0
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.5])
+    batch = TokenBatch(torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1))
+    others = torch.stack([reward[torch.arange(4) != i].mean() for i in range(4)])
+    torch.testing.assert_close(ADVANTAGES["leave_one_out"](batch, reward[:, None])[:, 0], reward - others)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_surrogate_is_reinforce_when_on_policy(name, batch):
+    logp, adv = batch.student_logp.clone().requires_grad_(), random(B, T, seed=3)
+    loss = SURROGATES[name](logp - batch.student_logp, adv, batch.mask)[batch.mask].sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0][batch.mask], -adv[batch.mask])
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_surrogate_is_blind_to_padding_and_other_responses(name):
+    narrow, wide = example(), example(T + 5)
+
+    def value(b):
+        return SURROGATES[name](b.student_logp * 0.3, b.scores["teacher_logp"] - 0.5, b.mask)
+
+    torch.testing.assert_close(value(wide)[wide.mask], value(narrow)[narrow.mask])
+    torch.testing.assert_close(value(rows(narrow, slice(1, 3))), value(narrow)[1:3])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_gspo_token_form_has_the_gradient_of_its_sequence_form(advantage, batch):
+    log_ratio = (0.3 * random(B, T, seed=4)).requires_grad_()
+    adv, mask = torch.full((B, T), advantage, dtype=torch.float64), batch.mask
+    tokens = SURROGATES["gspo"](log_ratio, adv, mask, low=0.1, high=0.1)
+    (got,) = torch.autograd.grad((REDUCTIONS["sequence_token_mean"](mask) * tokens)[mask].sum(), log_ratio)
+    s = ((log_ratio * mask).sum(1) / mask.sum(1)).exp()
+    sequence = -torch.minimum(s * advantage, s.clamp(0.9, 1.1) * advantage).mean()
+    torch.testing.assert_close(got, torch.autograd.grad(sequence, log_ratio)[0])
+    assert (got.abs().sum(1) == 0).any() and (got.abs().sum(1) > 0).any(), "the test should see both branches"
+
+
+def test_reductions_agree_on_equal_lengths():
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    token, per_response = REDUCTIONS["token"](mask), REDUCTIONS["sequence_token_mean"](mask)
+    torch.testing.assert_close(token, per_response)
+    torch.testing.assert_close(token, REDUCTIONS["sequence"](mask) / 5)
+    torch.testing.assert_close(token, REDUCTIONS["constant"](mask, length=5))
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reduction_ignores_padding_and_responses_without_tokens(name, batch):
+    options = {"length": 7} if name == "constant" else {}
+    mask = torch.nn.functional.pad(batch.mask, (0, 3, 0, 2))
+    torch.testing.assert_close(REDUCTIONS[name](mask, **options)[:B], REDUCTIONS[name](batch.mask, **options))
+    assert torch.isfinite(REDUCTIONS[name](torch.zeros_like(mask), **options)).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_stays_between_its_ends(name):
+    values = [SCHEDULES[name](step, 20, warmup=5) for step in range(25)]
+    assert values[:6] == sorted(values[:6]) and values[0] > 0 and values[5] == 1
+    assert all(0 <= v <= 1 for v in values) and values[5:] == sorted(values[5:], reverse=True)
+
+
+CUTS = [slice(0, 1), slice(1, 3), slice(3, 4)]
+TERMS = [
+    {"divergence": "jsd", "weights": ["tip", {"top_kl": {"k": 2}}, "position_linear"], "reduction": reduction}
+    for reduction in ("token", "sequence", "sequence_token_mean", {"constant": {"length": 100}})
+] + [
+    {"divergence": "reverse_kl", "weights": ["student_entropy"], "scale": 0.5},
+    {"surrogate": "ppo_clip", "advantages": ["reward", "group_normalize"], "weights": ["position_decay"]},
+    {"surrogate": "gspo", "advantages": ["reward", "leave_one_out"], "reduction": "sequence_token_mean"},
+]
+
+
+def per_token(term: Term, s: torch.Tensor, cut=slice(None)) -> torch.Tensor:
+    logp, q = s[cut].log_softmax(-1), random(B, T, V, seed=1)[cut].log_softmax(-1)
+    return term.divergence(logp, q) if term.divergence else logp[..., 0]
+
+
+@pytest.mark.parametrize("recipe", TERMS, ids=str)
+def test_micro_batches_add_up_to_the_step(recipe, batch):
+    term, s = Term.build(**recipe), random(B, T, V).requires_grad_()
+    batch = replace(batch, student_logp=s.detach().log_softmax(-1)[..., 0] + 0.01)
+    judged = term.judge(batch)
+    whole = term.loss(batch, judged, per_token(term, s))
+    parts = [term.loss(rows(batch, c), rows(judged, c), per_token(term, s, c)) for c in CUTS]
+    added = torch.stack(parts).sum()
+    torch.testing.assert_close(added, whole)
+    slope, summed = (torch.autograd.grad(x, s)[0] for x in (whole, added))
+    torch.testing.assert_close(summed, slope)
+    assert slope[~batch.mask].abs().max() == 0 and slope[batch.mask].abs().max() > 0
+
+
+@pytest.mark.parametrize("recipe", TERMS, ids=str)
+def test_garbage_in_the_padding_never_reaches_the_loss(recipe):
+    batch, term = example(), Term.build(**recipe)
+    values = term.loss(batch, term.judge(batch), batch.student_logp)
+    dirty = replace(batch, student_logp=batch.student_logp.where(batch.mask, nan))
+    dirty.scores.update({k: v.where(batch.mask, nan) for k, v in batch.scores.items() if v.dim() == 2})
+    torch.testing.assert_close(term.loss(dirty, term.judge(dirty), dirty.student_logp), values)
+
+
+def test_row_weights_see_the_divergence_as_a_constant(batch):
+    term = Term.build(divergence="reverse_kl", weights=[{"top_kl": {"k": 1, "alpha": 3.0}}], reduction="sequence")
+    d = batch.scores["divergence"].clone().requires_grad_()
+    stale = replace(batch, scores=Scores())
+    (slope,) = torch.autograd.grad(term.loss(stale, term.judge(stale), d), d)
+    torch.testing.assert_close(slope, torch.where(batch.mask, WEIGHTS["top_kl"](batch, k=1, alpha=3.0) / B, 0))
+
+
+@pytest.mark.parametrize(
+    "chain", [["reward", "group_center"], ["reward", "group_normalize", "teacher_logratio", "clip"]]
+)
+def test_a_response_the_judge_could_not_decide_is_left_out_not_failed(chain, batch):
+    reward = batch.scores["reward"].clone()
+    reward[2] = nan
+    failing = replace(batch, scores=Scores(batch.scores, reward=reward))
+    without = rows(batch, torch.tensor([0, 1, 3]))
+    assert unjudged(failing).tolist() == [False, False, True, False] and not unjudged(batch).any()
+    for reduction in ("sequence", "token", "sequence_token_mean"):
+        term = Term.build(advantages=chain, surrogate="importance", weights=["student_entropy"], reduction=reduction)
+        judged, wanted = term.judge(failing), term.judge(without)
+        assert judged.weight[2].abs().max() == 0 and judged.advantage[2].abs().max() == 0
+        others = rows(judged, torch.tensor([0, 1, 3]))
+        torch.testing.assert_close((others.weight, others.advantage), (wanted.weight, wanted.advantage))
+        assert torch.isfinite(term.loss(failing, judged, failing.student_logp))
+
+
+def test_when_the_judge_decides_nothing_there_is_no_loss(batch):
+    silent = replace(batch, scores=Scores(batch.scores, reward=torch.full((B,), nan)))
+    term = Term.build(advantages=["reward", "group_normalize"], surrogate="importance")
+    assert term.loss(silent, term.judge(silent), silent.student_logp).item() == 0
+
+
+def test_a_distillation_term_does_not_care_what_the_judge_could_decide(batch):
+    silent = replace(batch, scores=Scores(batch.scores, reward=torch.full((B,), nan)))
+    term = Term.build(divergence="reverse_kl")
+    torch.testing.assert_close(term.judge(silent).weight, term.judge(batch).weight)
+
+
+def test_a_nan_that_is_not_the_judges_stays_visible(batch):
+    batch.scores["teacher_logp"][0, 0] = nan
+    term = Term.build(advantages=["teacher_logratio"], surrogate="importance")
+    assert term.loss(batch, term.judge(batch), batch.student_logp).isnan()
+
+
+def test_scale_may_follow_a_schedule(batch):
+    term = Term.build(divergence="reverse_kl", scale={"linear": {"start": 0.5, "final": 0.1}})
+    assert [term.at(step, 5).scale for step in (0, 2, 4)] == pytest.approx([0.5, 0.3, 0.1])
+    with pytest.raises(ValueError, match=r"term.at\(step, total\)"):
+        term.judge(batch)
+    half = Term.build(divergence="reverse_kl", scale=0.5)
+    torch.testing.assert_close(term.at(0, 5).judge(batch).weight, half.judge(batch).weight)
+
+
+def test_a_term_knows_whether_its_divergence_reads_sampled_tokens():
+    assert Term.build(divergence="k2").sampled and Term.build(divergence="xmodal_opd.objective.divergences:k3").sampled
+    assert not Term.build(divergence={"jsd": {"beta": 0.1}}).sampled
+
+
+def test_a_piece_may_live_elsewhere():
+    term = Term.build(
+        divergence="forward_kl", weights=[{"xmodal_opd.objective.weights:prefix": {"tokens": 2}}, "top_kl"]
+    )
+    assert len(term.step_weights) == len(term.row_weights) == 1
+
+
+REFUSED = [
+    ({}, "either a divergence or a surrogate; found neither"),
+    ({"divergence": "jsd", "surrogate": "importance", "advantages": ["reward"]}, "found both"),
+    ({"surrogate": "importance"}, "with surrogate needs advantages"),
+    ({"divergence": "jsd", "advantages": ["reward"]}, "with advantages needs surrogate"),
+    ({"divergence": "k1"}, "k1 as a loss has zero expected gradient"),
+    ({"divergence": "jds"}, "unknown divergence 'jds'; did you mean 'jsd'"),
+    ({"divergence": {"jsd": {"betta": 0.5}}}, "'jsd' takes beta, not 'betta'; did you mean 'beta'"),
+    ({"divergence": {"jsd": {}, "k2": {}}}, "one name each"),
+    ({"divergence": {"jsd": 0.5}}, "a divergence is a name or"),
+    ({"divergence": "nowhere.at:all"}, "cannot load divergence 'nowhere.at:all'"),
+    ({"divergence": "math:nothing"}, "cannot load divergence 'math:nothing'"),
+    ({"divergence": "jsd", "reduction": "tokn"}, "unknown reduction 'tokn'; did you mean 'token'"),
+    ({"divergence": "jsd", "reduction": "constant"}, "'constant' needs a value for length"),
+    ({"divergence": "jsd", "weights": ["top_k"]}, "unknown weight 'top_k'; did you mean 'top_kl'"),
+    ({"surrogate": "ppo", "advantages": ["reward"]}, "unknown surrogate 'ppo'"),
+]
+
+
+@pytest.mark.parametrize("recipe, message", REFUSED)
+def test_a_wrong_recipe_is_refused_with_advice(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        Term.build(**recipe)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"by": "both"}, "by is student or teacher"), ({"rest": "tail"}, "bucket")]
+)
+def test_unknown_supports_are_refused(options, message):
+    p = random(2, V).log_softmax(-1)
+    with pytest.raises(ValueError, match=message):
+        DIVERGENCES["topk_reverse_kl"](p, p, **options)
+
+
+def test_truncated_jsd_is_refused():
+    p = random(2, V).log_softmax(-1)
+    with pytest.raises(ValueError, match="not a divergence"):
+        DIVERGENCES["topk_jsd"](p, p, k=2, rest="drop")
+
+
+def test_a_missing_score_names_those_that_exist(batch):
+    with pytest.raises(KeyError, match="no scorer computed 'expert_logp'"):
+        ADVANTAGES["teacher_logratio"](batch, batch.student_logp, scorer="expert")
+
+
+TABLES = [DIVERGENCES, SAMPLED, WEIGHTS, ADVANTAGES, SURROGATES, REDUCTIONS, SCHEDULES]
+PIECES = [(n, f) for table in TABLES for n, f in table.items()]
+
+
+@pytest.mark.parametrize("name, piece", PIECES, ids=[n for n, _ in PIECES])
+def test_a_piece_follows_the_house_rules(name, piece):
+    assert name == piece.__name__ and piece.__doc__, "the recipe name is the function name, and it says what it does"
+    assert len(inspect.getsource(piece).splitlines()) <= 20
+    options = [p for p in inspect.signature(piece).parameters.values() if p.default is not p.empty]
+    assert all(p.kind is p.KEYWORD_ONLY for p in options), "options are keyword-only"
+
+
+def test_whole_numbers_serve_as_floats_and_other_types_are_refused():
+    assert pick("divergence", DIVERGENCES, {"jsd": {"beta": 1}}).keywords == {"beta": 1.0}
+    assert pick("surrogate", SURROGATES, {"ppo_clip": {"dual": 3}}).keywords == {"dual": 3.0}
+    with pytest.raises(ValueError, match="weight 'top_kl': option k is of type int; found '20'"):
+        pick("weight", WEIGHTS, {"top_kl": {"k": "20"}})

@@ -1,0 +1,312 @@
+#!/usr/bin/env python
+"""Build the small default model from nothing: a few-million-parameter Qwen2.5-Omni thinker that answers questions well
+as text and poorly as speech, because it saw few spoken ones. That difference is the audio-text gap a first run closes.
+
+    python tools/build_tiny.py xmodal_opd/assets/tiny --seed 0
+
+Three stages, one seed: questions as text; transcription of speech; a few spoken questions with their answers. Each
+stage is a pure function of the one before and the seed, and is kept in --work, so that a stopped build goes on.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ACCENTS = ("en-us",)
+EXTRA = 300  # spare tokens for later skills, such as 256 action bins; not trained here
+NAMED = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+REPEAT = "Repeat what was said."
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% elif part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif part['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(texts):
+    """A byte-level BPE of Qwen2's kind, trained on the tasks' own words."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    raw = Tokenizer(BPE())
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(texts, BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False))
+    learned = json.loads(raw.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=512,
+        extra_special_tokens=NAMED,
+    )
+    tokenizer.add_tokens(["<|im_start|>", *(f"<|extra_{i}|>" for i in range(EXTRA))], special_tokens=True)
+    return tokenizer
+
+
+def make_processor(tokenizer):
+    """80 mels every 20 ms, at most 10 s of speech; images of 56 to 224 pixels a side."""
+    from transformers import (
+        Qwen2_5OmniProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    return Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
+        video_processor=Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2),
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=80, hop_length=320, chunk_length=10, n_fft=512, return_attention_mask=True
+        ),
+        tokenizer=tokenizer,
+        chat_template=TEMPLATE,
+    )
+
+
+def make_model(tokenizer, seed: int):
+    """A thinker of about 4 million parameters with all its towers; only audio and language are trained here."""
+    import torch
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    token = tokenizer.convert_tokens_to_ids
+    width = 192
+    config = Qwen2_5OmniThinkerConfig(
+        text_config={
+            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8]},
+            "tie_word_embeddings": True,
+        },
+        audio_config={
+            "num_mel_bins": 80,
+            "d_model": 192,
+            "encoder_layers": 3,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 576,
+            "output_dim": width,
+            "n_window": 250,  # one attention window covers the longest clip
+            "max_source_positions": 256,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 96,
+            "intermediate_size": 288,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "fullatt_block_indexes": [1],
+        },
+        audio_token_index=token("<|AUDIO|>"),
+        image_token_index=token("<|IMAGE|>"),
+        video_token_index=token("<|VIDEO|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
+        vision_end_token_id=token("<|vision_eos|>"),
+        audio_start_token_id=token("<|audio_bos|>"),
+        audio_end_token_id=token("<|audio_eos|>"),
+        user_token_id=token("user"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def example(adapter, question, wave=None, repeat: bool = False):
+    """(view, answer ids): answer the question, or repeat it. As text, or as a waveform at 16 kHz."""
+    parts = [{"type": "text", "text": question.prompt}] if wave is None else [{"type": "audio"}]
+    parts += [{"type": "text", "text": REPEAT}] if repeat else []
+    ids = adapter.tokenizer(question.prompt if repeat else question.response)["input_ids"]
+    prompt = adapter.template([{"role": "user", "content": parts}])
+    view = {"key": question.instance, "prompt": prompt, "audio": [] if wave is None else [wave]}
+    return view, [*ids, adapter.tokenizer.eos_token_id]
+
+
+def cross_entropy(model, adapter, examples):
+    """Mean negative log-likelihood of the answers' tokens."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from xmodal_opd.models import hidden_repeated
+    from xmodal_opd.tokens import pad
+
+    views, answers = zip(*examples, strict=True)
+    tokens = pad(answers, -100.0, torch.long)
+    hidden = hidden_repeated(model, adapter.batch(views), tokens.clamp(min=0))
+    return cross_entropy(model.get_output_embeddings()(hidden).transpose(1, 2), tokens, ignore_index=-100)
+
+
+def fit(model, adapter, make_batch: Callable[[], list], steps: int, rate: float, name: str) -> None:
+    """AdamW with a short warm-up and a linear decay to a tenth."""
+    import torch
+    from rich.progress import track
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - 0.9 * s / steps))
+    model.train()
+    for step in track(range(steps), name):
+        loss = cross_entropy(model, adapter, make_batch())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        shape.step()
+        if (step + 1) % 50 == 0:
+            print(f"{name} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def utterance(question_and_voice):
+    """Waveform at 16 kHz; runs in worker processes."""
+    import torch
+    import torchaudio
+
+    from modalities.audio.speech import speak
+
+    torch.set_num_threads(1)
+    question, voice = question_and_voice
+    wave, rate = speak(question.prompt, voice)
+    return torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy()
+
+
+def clips(split: str, seed: int, count: int) -> list:
+    """(question, waveform) pairs in random voices of the split."""
+    from multiprocessing import get_context
+
+    from modalities.audio.speech import random_voice
+    from modalities.tasks import questions
+
+    rng = random.Random(seed)
+    asked = list(itertools.islice(questions(seed, split), count))
+    jobs = [(question, random_voice(rng, split, ACCENTS)) for question in asked]
+    with get_context("spawn").Pool(2) as pool:
+        return list(zip(asked, pool.map(utterance, jobs, chunksize=32), strict=True))
+
+
+def accuracy(model, adapter, pairs, audio: bool) -> dict[str, float]:
+    """Share of right final answers per task, greedily, as text or as speech."""
+    import torch
+
+    from xmodal_opd.rollout.hf import decode
+
+    right: dict[str, list[bool]] = {"all": []}
+    for some in itertools.batched(pairs, 24):
+        prompts = adapter.batch([example(adapter, q, wave if audio else None)[0] for q, wave in some])
+        eos = [adapter.tokenizer.eos_token_id]
+        ids, _ = decode(model, prompts, torch.arange(len(some)), torch.zeros(len(some)), max_tokens=40, eos=eos)
+        for (question, _), answer in zip(some, ids, strict=True):
+            ok = adapter.decode(answer).rpartition("answer: ")[2] == question.answer
+            right.setdefault(question.task, []).append(ok)
+            right["all"].append(ok)
+    return {task: round(sum(v) / len(v), 3) for task, v in right.items()}
+
+
+def learn_text(model, adapter, seed: int) -> None:
+    from modalities.tasks import questions
+
+    stream = questions(seed, "train", ("arithmetic", "ordering", "choice", "choice"))
+    fit(model, adapter, lambda: [example(adapter, next(stream)) for _ in range(64)], 900, 2e-3, "text")
+
+
+def learn_to_hear(model, adapter, seed: int) -> None:
+    """Transcription, with text questions beside it so that those are not forgotten."""
+    from modalities.tasks import questions
+
+    rng, stream, heard = random.Random(seed), questions(seed + 1, "train"), clips("train", seed + 1, 2000)
+
+    def batch() -> list:
+        some = [example(adapter, q, wave, repeat=True) for q, wave in rng.sample(heard, 24)]
+        return some + [example(adapter, next(stream)) for _ in range(8)]
+
+    fit(model, adapter, batch, 400, 1.5e-3, "hearing")
+
+
+def learn_to_answer(model, adapter, seed: int) -> None:
+    """A few spoken questions with their answers: enough to show that speech is to be answered too, no more."""
+    from modalities.tasks import questions
+
+    rng, stream, asked = random.Random(seed), questions(seed + 2, "train"), clips("train", seed + 2, 300)
+
+    def batch() -> list:
+        some = [example(adapter, q, wave) for q, wave in rng.sample(asked, 16)]
+        return some + [example(adapter, next(stream)) for _ in range(8)]
+
+    fit(model, adapter, batch, 80, 5e-4, "answering")
+
+
+STAGES = {"text": learn_text, "hearing": learn_to_hear, "answering": learn_to_answer}
+
+
+def build(folder: Path, work: Path, seed: int) -> None:
+    """Train what is not yet in `work`, and write the model with its processor to `folder` in bfloat16."""
+    import torch
+
+    from modalities.audio.adapter import AudioAdapter
+    from modalities.tasks import questions
+
+    began = time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    asked = itertools.islice(questions(seed, "train"), 20000)
+    processor = make_processor(make_tokenizer(f"user\nassistant\n{REPEAT} {q.prompt} {q.response}" for q in asked))
+    model = make_model(processor.tokenizer, seed)
+    adapter = AudioAdapter(processor, 512)
+    held_out = clips("test", seed + 9999, 300)
+    for name, stage in STAGES.items():
+        kept = work / f"{name}.pt"
+        if not kept.exists():
+            torch.manual_seed(seed)
+            stage(model, adapter, seed)
+            torch.save(model.state_dict(), kept)
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        figures = {view: accuracy(model, adapter, held_out, view == "audio") for view in ("text", "audio")}
+        print(f"after {name}, {time.monotonic() - began:.0f} s: {figures}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {size:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the Hugging Face folder goes")
+    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="where finished stages are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    build(arguments.folder, arguments.work, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

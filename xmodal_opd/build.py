@@ -1,0 +1,161 @@
+"""From a recipe to live parts: the only file that names concrete classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modalities.audio.adapter import AudioAdapter
+from modalities.audio.prepare import prepare
+from xmodal_opd import config, models
+from xmodal_opd.data import Shards
+from xmodal_opd.engine.plain import PlainEngine
+from xmodal_opd.objective import Term, pick
+from xmodal_opd.objective.schedules import SCHEDULES
+from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.scoring.answers import same_answers
+from xmodal_opd.scoring.forward import Responses
+from xmodal_opd.scoring.judge import build_judge
+from xmodal_opd.types import Adapter, Pair
+
+ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": AudioAdapter}
+STUDENT = "current"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of."""
+
+    recipe: config.Recipe
+    models: dict[str, PreTrainedModel]  # "current" is the student; teachers by the name the recipe gives them
+    processor: Any
+    adapter: Adapter
+    sampler: HFSampler
+    responses: Responses
+    terms: dict[str, Term]
+    engine: PlainEngine
+    samplings: dict[str, Sampling]
+    judge: Callable | None  # TRL's reward signature
+    judged: frozenset[str]  # samplings whose answers the judge sees
+    reference: Sampling | None  # the model's own answer that the judge compares with
+    right: Callable[[str, str], bool]  # (answer, reference answer), for accuracy
+    vocab: int | None  # real vocabulary size, when a teacher's head is padded differently
+
+    @property
+    def student(self) -> PreTrainedModel:
+        return self.models[STUDENT]
+
+
+def build(recipe: config.Recipe) -> Parts:
+    """Live parts on the recipe's device. Raises ValueError in one sentence for what cannot be built."""
+    terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
+    schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
+    student = models.load_model(recipe.model.name, recipe.model.dtype, recipe.model.trust_remote_code)
+    student.to(device(recipe.engine.device)).eval()
+    models.set_trainable(student, recipe.model.train)
+    processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
+    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
+    sampler = HFSampler(
+        student, adapter, end_tokens(student, processor), recipe.rollout.max_tokens, recipe.rollout.batch_tokens
+    )
+    optim = recipe.optim
+    engine = PlainEngine(
+        student,
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip=optim.clip,
+        schedule=lambda step: schedule(step, recipe.train.steps),
+        autocast=recipe.engine.autocast,
+    )
+    return Parts(
+        recipe=recipe,
+        models={STUDENT: student} | teachers(recipe, student),
+        processor=processor,
+        adapter=adapter,
+        sampler=sampler,
+        responses=Responses(adapter, recipe.engine.share_prefix),
+        terms=terms,
+        engine=engine,
+        samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
+        judge=None if recipe.judge is None else build_judge(recipe.judge.name, ask=lambda texts: ask(sampler, texts)),
+        judged=frozenset(
+            t.sampling for t in recipe.objective.values() if "reward" in map(config.piece_name, t.advantages)
+        ),
+        reference=sampling(recipe.judge.reference) if recipe.judge and recipe.judge.reference else None,
+        right=right,
+        vocab=len(getattr(processor, "tokenizer", processor)),
+    )
+
+
+def sampling(part: config.Sampling) -> Sampling:
+    return Sampling(part.n, part.temperature, part.view)
+
+
+def right(response: str, answer: str) -> bool:
+    """Whether a response reaches the answer; what cannot be compared counts as wrong."""
+    return bool(same_answers([(response, answer)])[0])
+
+
+def build_term(name: str, term: config.Term) -> Term:
+    pieces = term.model_dump(exclude={"sampling", "view", "teacher"})
+    try:
+        return Term.build(**pieces)
+    except ValueError as error:
+        raise ValueError(f"objective.{name}: {error}") from None
+
+
+def device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def prompt_limit(recipe: config.Recipe, model: PreTrainedModel) -> int:
+    """Tokens a prompt may have: what the recipe says, or what the model reads less the longest answer."""
+    reads = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return recipe.model.max_prompt_tokens or reads - recipe.rollout.max_tokens
+
+
+def end_tokens(model: PreTrainedModel, processor: Any) -> list[int]:
+    """Ids that end an answer, from the model's generation config or its tokenizer."""
+    config_ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = config_ids if config_ids is not None else getattr(processor, "tokenizer", processor).eos_token_id
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, nn.Module]:
+    """The models the recipe's terms and scorers name, besides the student itself, without gradient."""
+    sources = [t.teacher for t in recipe.objective.values() if t.divergence] + list(recipe.scoring.values())
+    return {name: teacher(recipe, name, student) for name in sorted({s.model for s in sources} - {STUDENT})}
+
+
+def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> nn.Module:
+    """ "initial" and "ema" start as the student is now; any other name is a folder or hub name to load."""
+    if name in ("initial", "ema"):
+        return models.frozen_copy(student)
+    other = models.load_model(name, recipe.model.dtype, recipe.model.trust_remote_code)
+    return other.to(student.device).eval().requires_grad_(False)
+
+
+def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:
+    """(training shards, shuffled without end; test shards, in order), made first where the recipe says how."""
+    if recipe.data.prepare is not None:
+        for split, folder in (("train", recipe.data.train), ("test", recipe.data.test)):
+            prepare_shards(recipe.data.prepare, folder, split, getattr(recipe.data.prepare, split))
+    return Shards(recipe.data.train, seed=recipe.data.seed), Shards(recipe.data.test, shuffle=False)
+
+
+def prepare_shards(settings: config.Prepare, folder: str, split: str, count: int) -> None:
+    """Spoken built-in questions; shards that are there already, with the same settings, are kept."""
+    prepare(folder, "tasks", count=count, split=split, **settings.model_dump(exclude={"train", "test"}))
+
+
+def ask(sampler: HFSampler, texts: list[str]) -> list[str]:
+    """The student's own greedy answers to prompts in text."""
+    views = [sampler.adapter.text(text) for text in texts]
+    pairs = [Pair(f"prompt {i}", {"student": view}) for i, view in enumerate(views)]
+    return [r.text for r in sampler.generate(pairs, {"": Sampling(temperature=0.0)}, seed=0)[""]]

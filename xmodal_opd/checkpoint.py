@@ -1,0 +1,125 @@
+"""Checkpoints: a folder written aside, flushed to disk and renamed; `latest` moves last. What is saved stays good.
+
+Randomness is a pure function of (seed, step), so no generator state is kept: the step and the data position suffice.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def save(
+    run: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    ema: nn.Module | None = None,
+) -> Path:
+    """Write `run/checkpoints/step-N` (a Hugging Face folder and the trainer's state), N = state["step"].
+
+    Raises OSError with what was being written and what is still good, and leaves no half-written folder.
+    """
+    folder = run / "checkpoints" / f"step-{state['step']:06d}"
+    aside = folder.with_suffix(".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        export(model, processor, aside)
+        torch.save(dict(optimizer), aside / "optimizer.pt")
+        if ema is not None:
+            save_file(trained(ema, model), aside / "ema.safetensors")
+        (aside / "trainer.json").write_text(json.dumps({**state, "shapes": shapes(model)}))
+        flush(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        point(run, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good = latest(run)
+        raise OSError(
+            f"checkpoint of step {state['step']} could not be written to {folder.parent}: {error.strerror or error}; "
+            f"{f'the last good one is {good}' if good else 'none was saved before'}; make room and run with --resume"
+        ) from error
+    for old in sorted((run / "checkpoints").glob("step-??????"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def export(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Weights, config, tokenizer, processor and chat template, as `from_pretrained` reads them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def trained(copy: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of `copy` that train in `model`; the others are the model's own."""
+    moving = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().contiguous() for name, p in copy.named_parameters() if name in moving}
+
+
+def flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def point(run: Path, folder: Path) -> None:
+    aside = run / "checkpoints" / "latest.writing"
+    aside.write_text(folder.name)
+    flush(aside.parent)
+    aside.replace(aside.with_name("latest"))
+
+
+def latest(run: Path) -> Path | None:
+    """The newest finished checkpoint of a run, if there is one."""
+    pointer = run / "checkpoints" / "latest"
+    folder = run / "checkpoints" / pointer.read_text().strip() if pointer.is_file() else None
+    return folder if folder and folder.is_dir() else None
+
+
+def load(folder: Path, model: PreTrainedModel, ema: nn.Module | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill `model` (and `ema`) from a checkpoint; returns the optimiser's state and the trainer's.
+
+    Raises ValueError when it is not a checkpoint, or one of another model.
+    """
+    if not (folder / "trainer.json").is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no trainer.json; expected a folder like step-000100")
+    state = json.loads((folder / "trainer.json").read_text())
+    refuse_another_model(folder, state.pop("shapes"), shapes(model))
+    load_weights(folder, model)
+    if ema is not None:
+        ema.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
+    return torch.load(folder / "optimizer.pt", weights_only=True), state
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Read the weights of an exported folder of the same class into `model`, in place."""
+    other = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(other.state_dict())
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in model.named_parameters()}
+
+
+def refuse_another_model(folder: Path, saved: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    for name in [*saved, *here]:
+        if saved.get(name) != here.get(name):
+            raise ValueError(
+                f"{folder} is a checkpoint of another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{here.get(name, 'absent')} in this recipe's model; use the recipe.yaml of its own run folder"
+            )

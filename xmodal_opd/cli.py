@@ -1,0 +1,124 @@
+"""xmodal-opd train | eval | check | show | report. Heavy imports come after the arguments are read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+OVERRIDES = "key.sub=value, such as train.steps=20 or run_dir=runs/mine"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 cannot be run (one sentence says why), 2 wrong usage, 130 or 143 stopped."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("stopped; what was saved stays good: go on with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"xmodal-opd: {text}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="xmodal-opd", description="On-policy distillation across modalities.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("train", train, "run a recipe: evaluate, train, evaluate again, and print what became of the gap"),
+        ("eval", evaluate, "the recipe's test questions as the student sees them and as text"),
+        ("check", check, "build everything a recipe names and run its objective once, without training"),
+        ("show", show, "print the resolved recipe"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("recipe", help="a YAML file, or the name of a recipe in the package")
+        command.add_argument("overrides", nargs="*", help=OVERRIDES)
+        command.set_defaults(run=run)
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+        if name == "eval":
+            command.add_argument("--checkpoint", help="an exported model folder; default: the recipe's own model")
+            command.add_argument("--output", help="where to write per-question JSONL")
+    table = commands.add_parser("report", help="a table over finished runs: mean and spread over seeds")
+    table.add_argument("runs", nargs="+", help="run folders, each with a summary.json")
+    table.add_argument("--figure", help="also draw the gap over the steps into this PNG")
+    table.set_defaults(run=report)
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return top
+
+
+def recipe_of(arguments: argparse.Namespace):
+    from xmodal_opd import config
+
+    return config.load(arguments.recipe, arguments.overrides)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
+    quiet()
+    from xmodal_opd import report, train
+    from xmodal_opd.provenance import command_line
+
+    summary = train.train(recipe, resume=arguments.resume, command=command_line())
+    report.print_summary(summary)
+    print(f"run folder: {summary['run_dir']}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
+    quiet()
+    from xmodal_opd import inspect, report
+
+    records = inspect.evaluate_only(recipe, arguments.checkpoint, arguments.output)
+    report.print_accuracies(records)
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
+    quiet()
+    from xmodal_opd import inspect
+
+    for line in inspect.check(recipe):
+        print(line, flush=True)
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    from xmodal_opd import config
+
+    print(config.dump(recipe_of(arguments)), end="")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from xmodal_opd import report
+
+    runs = [Path(run) for run in arguments.runs]
+    summaries = report.load_summaries(runs)
+    print(report.table(summaries))
+    if arguments.figure:
+        panels = {
+            s["method"]: [r for r, t in zip(runs, summaries, strict=True) if t["method"] == s["method"]]
+            for s in summaries
+        }
+        print(report.gap_figure(panels, Path(arguments.figure)))
+    return 0
+
+
+def quiet() -> None:
+    """Libraries keep their progress bars and advice to themselves."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The recipe: YAML files, merged, overridden from the command line, and checked to the last key before anything runs.
+
+`include:` (a list; later files win; relative to the including file) -> the file -> `key.sub=value`. The pieces of the
+objective (divergences, weights, …) are named here and looked up when the recipe is built.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
+Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number, as YAML 1.2 does."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Part):
+    name: str = "default"  # a folder, a hub name, or the small model in the package
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    train: list[str] = ["all"]  # parameters whose name contains one of these move, the rest stay
+    max_prompt_tokens: int | None = None  # default: what the model reads, less the longest answer
+    trust_remote_code: bool = False
+
+
+class Prepare(Part):
+    """Shards of built-in spoken questions, made on the first run and kept."""
+
+    train: int = 4000
+    test: int = 300
+    families: list[str] = ["arithmetic", "ordering", "choice"]
+    accents: list[str] = ["en-us"]
+    seed: int = 0
+    noise_snr: float | list[float] | None = None  # dB, or lowest and highest
+    reverb: float | list[float] | None = None  # seconds
+    speed: float | list[float] | None = None
+
+
+class Data(Part):
+    train: str
+    test: str
+    prepare: Prepare | None = None
+    seed: int = 0
+
+
+class Sampling(Part):
+    n: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0)  # 0 is greedy
+    view: str = "student"
+
+
+class Rollout(Part):
+    max_tokens: int = Field(200, ge=1)
+    batch_tokens: int = 16384
+    samplings: dict[str, Sampling]
+
+
+class Source(Part):
+    """A teacher: a model under a view. "current", "initial" and "ema" are the student's own weights."""
+
+    model: str = "current"
+    view: str = "teacher"
+
+
+class Term(Part):
+    """One loss term: a distillation term has a divergence (and a teacher), a policy term a surrogate."""
+
+    sampling: str  # the one whose rollouts it reads
+    view: str = "student"
+    teacher: Source = Source()
+    divergence: Spec | None = None
+    weights: list[Spec] = []
+    advantages: list[Spec] = []
+    surrogate: Spec | None = None
+    reduction: Spec = "sequence"
+    scale: float | Spec = 1.0
+
+
+class Judge(Part):
+    name: Spec = "match"
+    reference: Sampling | None = None  # when set, the model's own answer under this sampling is what it compares with
+
+
+class Scorer(Source):
+    divergence: bool = False  # also KL(student || this), over the whole vocabulary
+
+
+class Optim(Part):
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: Spec = "constant"
+
+
+class Engine(Part):
+    name: Literal["plain"] = "plain"
+    device: str = "auto"  # "cpu", "cuda", or whichever there is
+    autocast: bool = False  # bfloat16 products on float32 weights
+    micro_tokens: int = 16384  # prompt and answer tokens in one forward with gradient, padding included
+    share_prefix: bool = True
+    ema_rate: float = 0.01
+
+
+class Train(Part):
+    steps: int = 100
+    prompts: int = 32  # questions a step
+    seed: int = 0
+    threads: int | None = None  # CPU threads; default: all cores
+
+
+class Eval(Part):
+    every: int = 0  # steps between evaluations on `during` questions; 0: only before and after
+    during: int = 100
+    samples: int | None = None  # questions before and after; default: all
+    batch: int = 24
+    kl: bool = True
+
+
+class Checkpoint(Part):
+    every: int = 100
+    keep: int = 2
+
+
+class Recipe(Part):
+    name: str
+    modality: Literal["audio"] = "audio"
+    model: Model = Model()
+    data: Data
+    rollout: Rollout
+    scoring: dict[str, Scorer] = {}
+    judge: Judge | None = None
+    objective: dict[str, Term]
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    run_dir: str | None = None  # default: runs/NAME-DATE
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` (or of that name in the package), with `key.sub=value` overrides.
+
+    Raises ValueError in one sentence: what is wrong, where, and what exists.
+    """
+    tree = read(find(path))
+    for override in overrides:
+        tree = merge(tree, parse(override))
+    try:
+        recipe = Recipe.model_validate(prune(tree))
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
+    check_references(path, recipe)
+    return recipe
+
+
+def find(path: str) -> Path:
+    for folder in (Path("."), *ROOTS, *(root.parent for root in ROOTS)):
+        for name in (path, f"{path}.yaml"):
+            if (folder / name).is_file():
+                return folder / name
+    have = sorted({p.stem for root in ROOTS for p in root.glob("*.yaml")})
+    raise ValueError(f"no recipe {path!r}{hint(Path(path).stem, have)}; recipes in the package: {', '.join(have)}")
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file with what it includes."""
+    if path.resolve() in seen:
+        raise ValueError(f"{path} includes itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        tree = yaml.load(path.read_text(), Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values")
+    merged: dict[str, Any] = {}
+    for include in tree.pop("include", []):
+        other = path.parent / include
+        if not other.is_file():
+            raise ValueError(f"{path} includes {include!r}, but there is no file {other}")
+        merged = merge(merged, read(other, (*seen, path.resolve())))
+    return merge(merged, tree)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of mappings; anything else is replaced."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def parse(override: str) -> dict[str, Any]:
+    """`a.b=1e-4` -> {"a": {"b": 1e-4}}; the value is YAML."""
+    keys, equals, text = override.partition("=")
+    if not equals or not keys:
+        raise ValueError(f"cannot read {override!r} as an override; write key.sub=value, such as train.steps=20")
+    value = yaml.load(text, Loader)
+    for key in reversed(keys.split(".")):
+        value = {key: value}
+    return value
+
+
+def prune(tree: dict[str, Any]) -> dict[str, Any]:
+    """`objective.judge: null` takes an included term (sampling, scorer) out again."""
+    tree = dict(tree)
+    for key in ("objective", "scoring"):
+        if isinstance(tree.get(key), dict):
+            tree[key] = {name: value for name, value in tree[key].items() if value is not None}
+    rollout = tree.get("rollout")
+    if isinstance(rollout, dict) and isinstance(rollout.get("samplings"), dict):
+        kept = {name: value for name, value in rollout["samplings"].items() if value is not None}
+        tree["rollout"] = {**rollout, "samplings": kept}
+    return tree
+
+
+def explain(error: Mapping[str, Any]) -> str:
+    """One pydantic error as a sentence."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = fields_at(error["loc"][:-1])
+        return f"unknown key {where!r}{hint(str(error['loc'][-1]), known)}; keys here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where!r} is missing"
+    return f"{where!r} is {error['input']!r}: {error['msg']}"
+
+
+def fields_at(where: Sequence[str | int]) -> list[str]:
+    """Names of the keys a part of the recipe takes."""
+    part: Any = Recipe
+    for key in where:
+        annotation = part.model_fields[key].annotation if _is_part(part) and key in part.model_fields else None
+        part = _inner(annotation) or part
+    return sorted(part.model_fields)
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def _inner(annotation: Any) -> Any:
+    """The Part inside `Part`, `Part | None` or `dict[str, Part]`."""
+    if _is_part(annotation):
+        return annotation
+    return next((a for a in getattr(annotation, "__args__", ()) if _is_part(a)), None)
+
+
+def check_references(path: str, recipe: Recipe) -> None:
+    """Names that point inside the recipe must exist."""
+    samplings = recipe.rollout.samplings
+    for name, term in recipe.objective.items():
+        if term.sampling not in samplings:
+            have = ", ".join(samplings) or "none"
+            raise ValueError(
+                f"{path}: objective.{name}.sampling names the sampling {term.sampling!r}{hint(term.sampling, samplings)}; "
+                f"rollout.samplings has: {have}"
+            )
+    if not recipe.objective:
+        raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
+    judged = [n for n, t in recipe.objective.items() if any(piece_name(a) == "reward" for a in t.advantages)]
+    if judged and recipe.judge is None:
+        raise ValueError(f"{path}: objective.{judged[0]} uses the advantage 'reward', but the recipe has no judge")
+
+
+def piece_name(spec: Spec) -> str:
+    return spec if isinstance(spec, str) else next(iter(spec))
+
+
+def hint(word: str, words: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

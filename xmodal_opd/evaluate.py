@@ -1,0 +1,85 @@
+"""The same held-out questions as the student sees them and as text: right or wrong, and how far the views differ."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from xmodal_opd.objective.divergences import reverse_kl
+from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.scoring.forward import Responses, divergence
+from xmodal_opd.tokens import token_batch
+from xmodal_opd.types import Pair, Rollout
+
+VIEWS = {"student": Sampling(temperature=0.0, view="student"), "text": Sampling(temperature=0.0, view="teacher")}
+Right = Callable[[str, str], bool]
+
+
+def evaluate(
+    pairs: Sequence[Pair], sampler: HFSampler, responses: Responses, right: Right, *, batch: int, kl: bool = True
+) -> list[dict[str, Any]]:
+    """One record per question: key, task, answer, both greedy answers and whether they are right, token KL.
+
+    `token_kl` is the mean over the student's answer of KL(student view || text view) of the same model, in nats.
+    """
+    return [
+        record
+        for some in track(list(batched(pairs, batch)), "evaluating", transient=True)
+        for record in evaluate_some(some, sampler, responses, right, kl)
+    ]
+
+
+def evaluate_some(
+    pairs: Sequence[Pair], sampler: HFSampler, responses: Responses, right: Right, kl: bool
+) -> Iterator[dict[str, Any]]:
+    answers = sampler.generate(pairs, VIEWS, seed=0)
+    gaps = view_kl(sampler.model, responses, answers["student"]) if kl else [None] * len(pairs)
+    for pair, student, text, gap in zip(pairs, answers["student"], answers["text"], gaps, strict=True):
+        yield {
+            "key": pair.key,
+            "task": str(pair.meta.get("task", "all")),
+            "answer": pair.answer,
+            "student": student.text,
+            "text": text.text,
+            "student_correct": is_right(pair, student, right),
+            "text_correct": is_right(pair, text, right),
+            "token_kl": gap,
+        }
+
+
+def is_right(pair: Pair, rollout: Rollout, right: Right) -> bool:
+    """Raises ValueError for a question without an answer: nothing can be measured on it."""
+    if pair.answer is None:
+        raise ValueError(f"sample {pair.key!r} has no answer, so its accuracy cannot be measured; give it one")
+    return right(rollout.text, pair.answer)
+
+
+@torch.no_grad()
+def view_kl(model: PreTrainedModel, responses: Responses, rollouts: Sequence[Rollout]) -> list[float]:
+    """Mean over each answer's tokens of KL(student view || teacher view), in nats."""
+    mask = token_batch(rollouts).mask.to(model.device)
+    sides = [(model, responses.hidden(model, rollouts, view)) for view in ("student", "teacher")]
+    per_token = divergence(reverse_kl, sides[0], sides[1], mask, None)
+    return (per_token.sum(1) / mask.sum(1)).tolist()
+
+
+def accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares right, and the mean token KL, for the metrics."""
+    mean = lambda name: sum(float(r[name]) for r in records) / len(records)  # noqa: E731
+    kl = {} if records[0]["token_kl"] is None else {"eval/token_kl": mean("token_kl")}
+    return {"eval/student_accuracy": mean("student_correct"), "eval/text_accuracy": mean("text_correct"), **kl}
+
+
+def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Per-question JSONL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,59 @@
+"""What can be done with a recipe short of training: check that it holds together, and measure its model."""
+
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from xmodal_opd import config, evaluate
+from xmodal_opd.build import Parts, build, open_shards, prepare_shards
+from xmodal_opd.data import Shards
+from xmodal_opd.step import train_step
+from xmodal_opd.train import check_alignment
+from xmodal_opd.types import Pair
+
+PROBE = 4  # questions
+
+
+def check(recipe: config.Recipe) -> Iterator[str]:
+    """Build everything on the CPU, read a few samples, and run sampling, scoring and the objective once; one line
+    for each. Raises as `train` would."""
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"device": "cpu"})})
+    parts = build(recipe)
+    moving = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in parts.student.parameters())
+    yield f"model      {type(parts.student).__name__}, {total / 1e6:.1f} M parameters, {moving / 1e6:.1f} M train"
+    yield f"teachers   {', '.join(sorted(parts.models))}"
+    pairs = probe(parts)
+    yield f"data       {len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
+    check_alignment(parts, pairs)
+    yield "alignment  sampler, shared prompt and repeated prompt agree"
+    for name, value in train_step(parts, pairs, 0).items():
+        yield f"{name:30} {value:.5g}"
+
+
+def probe(parts: Parts) -> list[Pair]:
+    """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
+    data = parts.recipe.data
+    if data.prepare is None or Path(data.train).is_dir():
+        return [pair for _, pair in islice(Shards(data.train).pairs(parts.adapter), PROBE)]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_shards(data.prepare, folder, "train", PROBE)
+        return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
+
+
+def evaluate_only(recipe: config.Recipe, checkpoint: str | None, output: str | None) -> list[dict[str, Any]]:
+    """Records of the recipe's test questions under its model, or under an exported folder."""
+    if checkpoint:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": checkpoint})})
+    parts = build(recipe)
+    _, testing = open_shards(recipe)
+    pairs = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+    settings = recipe.eval
+    records = evaluate.evaluate(
+        pairs, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
+    )
+    if output:
+        evaluate.write(records, Path(output))
+    return records

@@ -1,0 +1,193 @@
+"""Models: loading, freezing, copies, and the forward of responses under a view.
+
+The prompt with its media runs once per group, with gradient; its key-value cache is expanded to the answers and only
+they are run on. `hidden_repeated` is the plain form it must equal: every answer behind its own copy of the prompt.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+ASSETS = Path(__file__).parent / "assets"
+CLASSES = {  # checkpoints of a larger model of which only the part that writes text is trained
+    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+}
+
+
+def folder_of(name: str) -> str:
+    """ "default" is the small model in the package; anything else is a folder or a hub name."""
+    return str(ASSETS / "tiny") if name == "default" else name
+
+
+def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of the class its config names, in training-ready state on the CPU.
+
+    Raises ValueError when the folder has no config or names a class transformers does not have.
+    """
+    folder = folder_of(name)
+    config = load_config(folder, trust_remote_code)
+    architecture = (config.get("architectures") or ["?"])[0]
+    cls = getattr(transformers, CLASSES.get(architecture, architecture), None)
+    if cls is None and trust_remote_code:
+        cls = transformers.AutoModelForCausalLM
+    if cls is None:
+        raise ValueError(
+            f"model {name!r} is a {architecture}, which transformers {transformers.__version__} does not have; "
+            "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
+        )
+    return cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+
+
+def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The raw config.json. Raises ValueError when there is none."""
+    try:
+        return transformers.PreTrainedConfig.get_config_dict(folder, trust_remote_code=trust_remote_code)[0]
+    except OSError as error:
+        raise ValueError(
+            f"no model at {folder!r}: expected a folder with config.json and model.safetensors, a hub name, or "
+            f'"default" for the small model in the package ({str(error).splitlines()[0]})'
+        ) from error
+
+
+def load_processor(name: str, trust_remote_code: bool = False) -> Any:
+    """The model's own processor (or tokenizer, for a model of text alone)."""
+    return transformers.AutoProcessor.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
+
+
+def set_trainable(model: nn.Module, train: Sequence[str]) -> list[str]:
+    """Freeze all but the parameters whose name contains one of `train` ("all" frees everything); returns the names.
+
+    Raises ValueError when nothing matches, listing the parts that exist.
+    """
+    names = [n for n, _ in model.named_parameters() if "all" in train or any(part in n for part in train)]
+    if not names:
+        parts = sorted({".".join(n.split(".")[:2]) for n, _ in model.named_parameters()})
+        raise ValueError(f"nothing to train: no parameter matches {list(train)}; parts: {', '.join(parts)}")
+    chosen = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return names
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, without gradient. Parameters that do not train are shared, not copied."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo=shared).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, model: nn.Module, rate: float) -> None:
+    """average += rate * (model - average), for every parameter that trains."""
+    for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+        if mean is not now:
+            mean.lerp_(now.to(mean.dtype), rate)
+
+
+def head(model: PreTrainedModel) -> Tensor:
+    """The output projection [V, H]."""
+    return model.get_output_embeddings().weight
+
+
+@torch.enable_grad()
+def hidden_shared(
+    model: PreTrainedModel, prompts: Mapping[str, Tensor], tokens: Tensor, owner: Tensor, grad: bool = True
+) -> Tensor:
+    """Hidden states that predict each response token, the prompt run once however many responses it has.
+
+    prompts: model inputs for P left-padded prompts; tokens [B, T]; owner [B] gives each response's prompt.
+    Returns [B, T, H] before the output projection. Column t predicts token t: this is the only shift by one.
+    """
+    with torch.set_grad_enabled(grad):
+        cache = DynamicCache(config=model.config.get_text_config())
+        last, start = prefill(model, prompts, cache)
+        first = last[owner][:, None]
+        if tokens.shape[1] == 1:
+            return first
+        cache.batch_select_indices(owner)
+        with without_head(model):
+            rest = continue_from(model, cache, tokens[:, :-1], prompts["attention_mask"][owner], start[owner])
+        return torch.cat([first, rest], dim=1)
+
+
+def prefill(model: PreTrainedModel, prompts: Mapping[str, Tensor], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Run P prompts into an empty cache: the hidden state behind each prompt [P, H] and the next position [P, 1]."""
+    with without_head(model), seen_positions(model) as seen:
+        hidden = model(**prompts, **positions_for(model, prompts), past_key_values=cache, use_cache=True).logits
+    return hidden[:, -1], next_positions(seen, prompts)
+
+
+def continue_from(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, before: Tensor, start: Tensor) -> Tensor:
+    """One more stretch of tokens [B, t] behind a cache; `before` [B, L] masks what is cached, `start` [B, 1] is the
+    position of the first token. Returns the model's logits (or hidden states, inside `without_head`)."""
+    mask = torch.cat([before, torch.ones_like(tokens)], dim=1)
+    positions = start + torch.arange(tokens.shape[1], device=tokens.device)
+    return model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits
+
+
+@torch.enable_grad()
+def hidden_repeated(model: PreTrainedModel, prompts: Mapping[str, Tensor], tokens: Tensor, grad: bool = True) -> Tensor:
+    """The same as `hidden_shared` with one prompt per response (P = B) and no cache."""
+    width = prompts["input_ids"].shape[1]
+    whole = dict(prompts)
+    whole["input_ids"] = torch.cat([prompts["input_ids"], tokens], dim=1)
+    whole["attention_mask"] = torch.cat([prompts["attention_mask"], torch.ones_like(tokens)], dim=1)
+    with torch.set_grad_enabled(grad), without_head(model):
+        out = model(**whole, **positions_for(model, whole), use_cache=False).logits
+    return out[:, width - 1 : -1]
+
+
+def positions_for(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions that skip the padding on the left. Models with multimodal rope work them out themselves."""
+    if any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return {}
+    return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
+def next_positions(seen: dict[str, Tensor], prompts: Mapping[str, Tensor]) -> Tensor:
+    """[P, 1]: the position after the prompt's last token, from the positions the language model was given."""
+    positions = seen["position_ids"]
+    last = positions[..., -1].view(-1, positions.shape[-2])[-1]  # any rope axis: a prompt ends in text
+    return (last + 1).expand(len(prompts["input_ids"]))[:, None]
+
+
+@contextmanager
+def seen_positions(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Note the `position_ids` that reach the language model first; how a family computes them stays its own affair."""
+    seen: dict[str, Tensor] = {}
+    inner = model.get_submodule(name_of(model, model.get_input_embeddings()).rpartition(".")[0])
+
+    def note(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.setdefault("position_ids", kwargs["position_ids"])
+
+    handle = inner.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within, `.logits` are the hidden states before the output projection, which is neither run nor remembered."""
+    projection = model.get_output_embeddings()
+    parent, _, name = name_of(model, projection).rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(owner, name, projection)
+
+
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)

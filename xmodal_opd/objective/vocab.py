@@ -1,0 +1,196 @@
+"""Per-token values of hidden states x head, never holding [N, V] for more than one chunk of tokens.
+
+One pass over chunks gives the value of every token and its gradient with respect to the student's hidden state, already
+contracted with the head. The backward pass only multiplies by the weight that arrives for each token, so weights may
+depend on the values and nothing is recomputed; a trainable head costs one more pass there. Softmax is float32 whatever
+the input (float64 for float64). N: response tokens, flattened. Give response rows only, never the prompt's.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xmodal_opd.objective.divergences import reverse_kl
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+PerToken = Float[Tensor, " N"]
+# (student hidden [n, H], head, which rows these are, gradient wanted) -> value [n], its gradient in the logits [n, V]
+Measure = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+def divergence(
+    fn: Divergence,
+    hidden_s: Float[Tensor, "N H"],
+    head_s: Float[Tensor, "V H"],
+    hidden_t: Float[Tensor, "N J"],
+    head_t: Float[Tensor, "U J"],
+    *,
+    chunk: int | None = None,
+    temperature: float = 1.0,
+    vocab: int | None = None,
+) -> PerToken:
+    """fn(log p, log q) of student and teacher at each token, with gradient to the student's hidden states and head.
+
+    fn: a piece of DIVERGENCES, or any function of two log-probability rows that treats rows independently.
+    chunk: tokens at a time, by default as many as fit a fixed number of logits. temperature divides both logits.
+    vocab: the real vocabulary size; heads padded to different sizes are cut to it.
+    Raises ValueError when the vocabularies differ and `vocab` does not say where to cut.
+    """
+    same = is_same(head_s, head_t)
+    head_s, head_t = real_vocabulary(head_s, head_t, vocab)
+    hidden_t, head_t = hidden_t.detach().to(head_t.dtype), head_t.detach()
+
+    slope_of = reverse_kl_slope if fn is reverse_kl else partial(any_slope, fn)
+
+    def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
+        p, q = two_logps(hidden, head, hidden_t[rows], head if same else head_t, temperature)
+        value, gradient = slope_of(p, q, slope)
+        return value, gradient if gradient is None or temperature == 1 else gradient.div_(temperature)
+
+    return per_token(measure, hidden_s, head_s, chunk)
+
+
+def token_logp(
+    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
+) -> PerToken:
+    """log softmax(hidden · head) at the tokens `ids`, with gradient to the hidden states and the head."""
+
+    def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
+        p, index = logps(hidden, head), ids[rows, None]
+        value = p.gather(-1, index)
+        return value[:, 0], p.exp_().neg_().scatter_add_(-1, index, torch.ones_like(value)) if slope else None
+
+    return per_token(measure, hidden, head, chunk)
+
+
+@torch.no_grad()
+def statistics(
+    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
+) -> tuple[PerToken, PerToken]:
+    """log-probability of the tokens `ids` and entropy of the whole distribution in nats, without gradient."""
+    logp, entropy = (torch.empty(len(hidden), dtype=wide(head), device=hidden.device) for _ in range(2))
+    with as_given(head):
+        for rows in chunks(len(hidden), chunk or fitting(head)):
+            p = logps(hidden[rows].to(head.dtype), head)
+            logp[rows] = p.gather(-1, ids[rows, None])[:, 0]
+            entropy[rows] = -torch.linalg.vecdot(p.exp(), p)
+    return logp, entropy
+
+
+def per_token(measure: Measure, hidden: Tensor, head: Tensor, chunk: int | None) -> Tensor:
+    hidden, chunk = hidden.to(head.dtype), chunk or fitting(head)
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        with as_given(head):
+            return Bounded.apply(hidden, head, measure, chunk)  # pyright: ignore[reportReturnType]
+    value = torch.empty(len(hidden), dtype=wide(head), device=hidden.device)
+    with torch.no_grad(), as_given(head):
+        for rows in chunks(len(hidden), chunk):
+            value[rows] = measure(hidden[rows], head, rows, False)[0]
+    return value
+
+
+class Bounded(torch.autograd.Function):
+    """Values from `measure`, chunk by chunk. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, measure: Measure, chunk: int) -> Tensor:
+        value = torch.empty(len(hidden), dtype=wide(head), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in chunks(len(hidden), chunk):
+            value[rows], slope = measure(hidden[rows], head, rows, gradient is not None)
+            if gradient is not None and slope is not None:
+                torch.mm(slope.to(head.dtype), head, out=gradient[rows])
+        ctx.measure, ctx.chunk = measure, chunk
+        ctx.save_for_backward(gradient, *((hidden, head) if ctx.needs_input_grad[1] else ()))
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient, *rest = ctx.saved_tensors
+        to_hidden = None if gradient is None else (gradient * weight[:, None]).to(gradient.dtype)
+        with as_given(weight):
+            to_head = head_gradient(ctx.measure, rest[0], rest[1], weight, ctx.chunk) if rest else None
+        return to_hidden, to_head, None, None
+
+
+def head_gradient(measure: Measure, hidden: Tensor, head: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Σ_n weight_n · slope_n ⊗ hidden_n [V, H], summed in float32: bfloat16 would lose the later chunks."""
+    total = torch.zeros(head.shape, dtype=wide(head), device=head.device)
+    for rows in chunks(len(hidden), chunk):
+        _, slope = measure(hidden[rows], head, rows, True)
+        if slope is not None:
+            total.addmm_(slope.mul_(weight[rows, None]).T, hidden[rows].to(total.dtype))
+    return total.to(head.dtype)
+
+
+def reverse_kl_slope(p: Tensor, q: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """D = Σ p·d and, if asked, its gradient p·(d − D) in the logits; d = log p − log q. Overwrites both arguments."""
+    d, p = q.neg_().add_(p), p.exp_()
+    value = torch.linalg.vecdot(p, d)
+    return value, p.mul_(d.sub_(value[:, None])) if slope else None
+
+
+def any_slope(fn: Divergence, p: Tensor, q: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """fn(p, q) and, if asked, its gradient in the student's logits: autograd for fn, by hand for the softmax."""
+    if not slope:
+        return fn(p, q), None
+    with torch.enable_grad():
+        value = fn(p.requires_grad_(), q)
+        (gradient,) = torch.autograd.grad(value.sum(), p)
+    return value.detach(), gradient - p.detach().exp_().mul_(gradient.sum(-1, keepdim=True))
+
+
+def two_logps(
+    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor, head_t: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both sides; where one head serves both, from one product."""
+    if head_s is not head_t:
+        return logps(hidden_s, head_s, temperature), logps(hidden_t, head_t, temperature)
+    p, q = logps(torch.cat([hidden_s, hidden_t]), head_s, temperature).tensor_split(2)
+    return p, q
+
+
+def logps(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
+    logits = (hidden @ head.T).to(wide(head))
+    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+
+
+def as_given(x: Tensor) -> torch.autocast:
+    """No autocast: the backward pass runs outside of it, and must compute what the forward did."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def wide(head: Tensor) -> torch.dtype:
+    return torch.promote_types(head.dtype, torch.float32)
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one matrix in memory, also when one of them is detached."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype)
+
+
+def real_vocabulary(head_s: Tensor, head_t: Tensor, vocab: int | None) -> tuple[Tensor, Tensor]:
+    sizes = len(head_s), len(head_t)
+    if vocab is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student has {sizes[0]} vocabulary rows and the teacher {sizes[1]}; if they differ by padding only, "
+            "give vocab=<tokens in the tokenizer>; if they are different vocabularies, they cannot be compared"
+        )
+    if vocab is not None and not 0 < vocab <= min(sizes):
+        raise ValueError(f"vocab={vocab} is not within the {sizes[0]} student and {sizes[1]} teacher rows")
+    return head_s[:vocab], head_t[:vocab]
+
+
+def fitting(head: Tensor) -> int:
+    """Tokens per chunk: a fixed number of logits, few enough for a laptop, more on a GPU to keep its products busy."""
+    budget = 2**23 if head.device.type == "cpu" else 2**27
+    return max(1, budget // len(head))
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(a, min(a + size, n)) for a in range(0, n, size))

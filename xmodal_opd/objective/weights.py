@@ -1,0 +1,108 @@
+"""Token weights: which response tokens teach, and how much. Each returns [B, T], ≥ 0; those in a recipe multiply.
+
+`STEP_WEIGHTS` may look at the whole step (quantiles, minima, maxima). `ROW_WEIGHTS` give a response a weight that
+depends on that response alone, so a micro-batch may judge them: rows cut from the step keep their weights.
+Called without gradient; values outside the mask are finite and meaningless.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodal_opd.types import TokenBatch
+
+Weights = Float[Tensor, "B T"]
+
+
+def student_entropy(batch: TokenBatch, *, keep: float = 0.2) -> Weights:
+    """1 on the `keep` fraction of the step's tokens where the student is least sure, else 0. arXiv:2506.01939.
+
+    Reads scores["student_entropy"] [B, T]. Tokens equal to the quantile are all kept.
+    """
+    entropy = batch.scores["student_entropy"]
+    if not batch.mask.any():
+        return torch.zeros_like(entropy)
+    return (entropy >= torch.quantile(entropy[batch.mask], 1 - keep)).to(entropy.dtype)
+
+
+def tip(batch: TokenBatch, *, keep: float = 0.5, scorer: str = "teacher") -> Weights:
+    """Mean-one weight on the ⌊keep·T⌋ tokens of each response with the highest h + d − h·d. arXiv:2604.14084 Eq. 5.
+
+    h: scores["student_entropy"], cut at its 98th percentile; d: scores["<scorer>_divergence"]; both scaled to [0, 1]
+    over the step. With `reduction: token` the loss is the paper's mean over kept tokens. Below keep=0.5 the uncertain
+    tokens crowd out the confidently wrong ones: `tip_confident` keeps those.
+    """
+    h, d = tip_axes(batch, scorer)
+    return keep_per_response(h + d - h * d, batch.mask, keep)
+
+
+def tip_confident(batch: TokenBatch, *, keep: float = 0.1, scorer: str = "teacher") -> Weights:
+    """As `tip`, scored by d·(1 − h): confident and wrong, quadrant 3 of arXiv:2604.14084 (score reconstructed)."""
+    h, d = tip_axes(batch, scorer)
+    return keep_per_response(d * (1 - h), batch.mask, keep)
+
+
+def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
+    """α on the k largest divergences of each response, 1 elsewhere; all α when T ≤ k. CORD, arXiv:2601.16547 Eq. 4.
+
+    Reads scores["divergence"] [B, T], which the loss fills in. Of equal values the earlier token is chosen.
+    """
+    divergence = batch.scores["divergence"]
+    top = top_of_response(divergence, batch.mask, torch.full_like(batch.group, k))
+    return 1 + (alpha - 1) * top.to(divergence.dtype)
+
+
+def position_linear(batch: TokenBatch, *, beta: float = 2.0) -> Weights:
+    """β − (β−1)·(t−1)/(T−1): β at the first token, 1 at the last, β when T = 1. CORD, arXiv:2601.16547 Eq. 5."""
+    last = (batch.mask.sum(1, keepdim=True) - 1).clamp(min=1)
+    return beta - (beta - 1) * (places(batch) / last).clamp(max=1)
+
+
+def position_decay(batch: TokenBatch, *, half_life: float = 256.0) -> Weights:
+    """2^(−t/half_life), t = 0 at the first token: early tokens fix the course of a response."""
+    return 0.5 ** (places(batch) / half_life)
+
+
+def prefix(batch: TokenBatch, *, tokens: int = 64) -> Weights:
+    """1 on the first `tokens` tokens of a response, 0 after. Many Faces of OPD, arXiv:2605.11182, uses 2048."""
+    return (places(batch) < tokens).to(batch.student_logp.dtype)
+
+
+def tip_axes(batch: TokenBatch, scorer: str) -> tuple[Weights, Weights]:
+    """Uncertainty and disagreement of each token, each scaled to [0, 1] over the step (log V cancels)."""
+    h, d = batch.scores["student_entropy"], batch.scores[f"{scorer}_divergence"].clamp(min=0)
+    if batch.mask.any():
+        h = h.clamp(max=torch.quantile(h[batch.mask], 0.98).item())
+    return min_max(h, batch.mask), min_max(d, batch.mask)
+
+
+def min_max(value: Weights, mask: Bool[Tensor, "B T"]) -> Weights:
+    if not mask.any():
+        return torch.zeros_like(value)
+    low, high = value[mask].aminmax()
+    return ((value - low) / (high - low).clamp(min=torch.finfo(value.dtype).tiny)).clamp(0, 1)
+
+
+def keep_per_response(score: Weights, mask: Bool[Tensor, "B T"], keep: float) -> Weights:
+    kept = top_of_response(score, mask, (keep * mask.sum(1)).floor().long()).to(score.dtype)
+    return kept * (mask.sum() / kept.sum().clamp(min=1))
+
+
+def top_of_response(score: Weights, mask: Bool[Tensor, "B T"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B T"]:
+    """True on the `count` highest scores of each response; ties go to the earlier token, padding is never chosen."""
+    order = score.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < count[:, None]) & mask
+
+
+def places(batch: TokenBatch) -> Weights:
+    """0, 1, 2 … on the counted tokens of each response."""
+    return (batch.mask.cumsum(1) - 1).clamp(min=0).to(batch.student_logp.dtype)
+
+
+STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (student_entropy, tip, tip_confident)}
+ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix)
+}
+WEIGHTS: dict[str, Callable[..., Tensor]] = STEP_WEIGHTS | ROW_WEIGHTS

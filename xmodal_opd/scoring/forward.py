@@ -1,0 +1,76 @@
+"""What local models think of sampled answers: hidden states under a view, and the numbers read off them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xmodal_opd.models import head, hidden_repeated, hidden_shared
+from xmodal_opd.objective import vocab
+from xmodal_opd.tokens import response_tokens
+from xmodal_opd.types import Adapter, Rollout
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Runs answers behind their prompts under any view, the prompt once per question where `share` holds."""
+
+    adapter: Adapter
+    share: bool = True
+
+    def hidden(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str, grad: bool = False) -> Tensor:
+        """Hidden states [B, T, H] that predict each token of `rollouts` when the question is seen as `view`."""
+        tokens = response_tokens(rollouts).to(model.device)
+        if not self.share:
+            prompts = self.prompts(model, rollouts, view)
+            return hidden_repeated(model, prompts, tokens, grad)
+        firsts = {id(r.pair): r for r in rollouts}
+        place = {question: i for i, question in enumerate(firsts)}
+        owner = torch.tensor([place[id(r.pair)] for r in rollouts], device=model.device)
+        return hidden_shared(model, self.prompts(model, list(firsts.values()), view), tokens, owner, grad)
+
+    def prompts(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str) -> dict[str, Tensor]:
+        return {k: v.to(model.device) for k, v in self.adapter.batch([r.pair.views[view] for r in rollouts]).items()}
+
+
+def flat(hidden: Tensor, mask: Tensor) -> Tensor:
+    """[N, H]: hidden states of real tokens only; `mask` [B, T'] may be wider than `hidden` [B, T, H]."""
+    return hidden[mask[:, : hidden.shape[1]]]
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] from values [N] of the real tokens, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def student_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
+    """log p [B, T] of the sampled tokens, with gradient where `hidden` has one."""
+    ids = response_tokens(rollouts).to(hidden.device)[mask[:, : hidden.shape[1]]]
+    return spread(vocab.token_logp(flat(hidden, mask), head(model), ids), mask)
+
+
+def divergence(
+    fn: Callable[[Tensor, Tensor], Tensor],
+    student: tuple[PreTrainedModel, Tensor],
+    teacher: tuple[PreTrainedModel, Tensor],
+    mask: Tensor,
+    size: int | None,
+) -> Tensor:
+    """fn(log p, log q) [B, T] over the whole vocabulary; each side is (model, hidden states); `size`: real vocabulary."""
+    (model_s, hidden_s), (model_t, hidden_t) = student, teacher
+    per_token = vocab.divergence(
+        fn, flat(hidden_s, mask), head(model_s), flat(hidden_t, mask).to(hidden_s.device), head(model_t), vocab=size
+    )
+    return spread(per_token, mask)
+
+
+@torch.no_grad()
+def statistics(
+    model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log-prob of the sampled tokens and entropy of the distribution they came from, each [B, T]."""
+    ids = response_tokens(rollouts).to(hidden.device)[mask[:, : hidden.shape[1]]]
+    logp, entropy = vocab.statistics(flat(hidden, mask), head(model), ids)
+    return spread(logp, mask), spread(entropy, mask)

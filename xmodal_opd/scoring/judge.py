@@ -1,0 +1,351 @@
+"""Judges: does a response reach the answer it should?
+
+A judge has TRL's reward signature, `def reward(prompts, completions, **columns) -> list[float | None]`, and may be
+async. Columns are lists with one entry per completion: `key`, `answer` (of the shard), `meta`, `finished`, and, when
+the recipe asks the judge to compare with it, `reference`: the model's own answer to the text. None means that the judge
+could not decide: the response is left out and counted, never taken for wrong. `fail(reason)` lets a judge say why.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import os
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from numbers import Real
+from typing import Any, Literal
+
+import httpx
+
+from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
+from xmodal_opd.scoring.answers import announced, extract, require_maths, same_answers
+from xmodal_opd.types import Rollout
+
+Rewards = list[float | None]
+Reward = Callable[..., Any]  # prompts, completions, **columns -> Rewards, or an awaitable of them
+Ask = Callable[[list[str]], list[str]]  # greedy answers of the run's own model to prompts in text
+Target = Literal["answer", "reference"]
+
+QUESTION = """Do the two responses below reach the same final answer? Look only at the final answers, not at the way \
+there nor at the wording. Reply with the single digit 1 if they are the same and 0 if they are not.
+
+{prompt}Response 1:
+{response}
+
+Response 2:
+{target}
+
+1 or 0?"""
+RETRIED = {408, 409, 425, 429}  # and every 5xx
+
+
+# ---- what the loop calls
+
+
+def build_judge(spec: Spec, ask: Ask | None = None) -> Reward:
+    """The judge a recipe names: "match", {"llm": {"model": …}} or "module:function", a TRL reward of your own.
+
+    `ask` answers prompts in text with the run's own model; only `self` needs it. Raises ValueError naming what exists.
+    """
+    name = name_of(spec)
+    return load(name, options_of("judge", spec)) if ":" in name else pick("judge", JUDGES, spec)(ask)
+
+
+def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """The TRL reward "module:function", with `options` bound. Raises ValueError when it cannot take the columns."""
+    reward = outside("judge", name)
+    if not callable(reward) or not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward).parameters.values()):
+        raise ValueError(f"judge {name!r} must be a TRL reward: a function (prompts, completions, **columns)")
+    return partial(reward, **options) if options else reward
+
+
+def judge(
+    reward: Reward,
+    rollouts: Sequence[Rollout],
+    references: Sequence[str | None] | None = None,
+    prompts: Sequence[Any] | None = None,
+) -> tuple[Rewards, dict[str, int]]:
+    """Rewards of the rollouts, and how often each reason kept the judge from deciding (its sum is the count of None).
+
+    references: the model's own text answer for each rollout, when that is what the judge compares with.
+    prompts: the questions as text; default: `meta["question"]`, else empty. Blocks, but may run in a thread, which is
+    how a judge overlaps with a forward. Raises ValueError when the judge returns something other than one number or
+    None per completion; what the judge itself raises passes through.
+    """
+    columns: dict[str, Any] = {
+        "key": [r.pair.key for r in rollouts],
+        "answer": [r.pair.answer for r in rollouts],
+        "meta": [dict(r.pair.meta) for r in rollouts],
+        "finished": [r.finished for r in rollouts],
+    }
+    if references is not None:
+        columns["reference"] = list(references)
+    asked = [r.pair.meta.get("question", "") for r in rollouts] if prompts is None else list(prompts)
+    reasons: list[str] = []
+    returned = reward(prompts=asked, completions=[r.text for r in rollouts], fail=reasons.append, **columns)
+    rewards = checked(_wait(returned) if inspect.isawaitable(returned) else returned, columns["key"], _name(reward))
+    unexplained = rewards.count(None) - len(reasons)
+    return rewards, dict(Counter(reasons) + Counter({"undecided": unexplained}))
+
+
+def checked(returned: Any, keys: Sequence[str], name: str) -> Rewards:
+    """One float or None per sample; a NaN counts as None. Raises ValueError naming the judge and the sample."""
+    if isinstance(returned, str) or not hasattr(returned, "__iter__"):
+        raise ValueError(
+            f"judge {name!r} returned {type(returned).__name__}, not a list with one reward per completion"
+        )
+    values = [v.item() if hasattr(v, "item") else v for v in returned]
+    if len(values) != len(keys):
+        raise ValueError(f"judge {name!r} returned {len(values)} rewards for {len(keys)} completions")
+    for value, key in zip(values, keys, strict=True):
+        if value is not None and (not isinstance(value, Real) or abs(float(value)) == float("inf")):
+            raise ValueError(
+                f"judge {name!r} returned {value!r} for sample {key!r}; a reward is a finite number or None"
+            )
+    return [None if v is None or v != v else float(v) for v in values]
+
+
+# ---- the judges
+
+
+def match(ask: Ask | None = None, *, to: Target | None = None, maths: bool = False) -> Reward:
+    """1 when the final answers are the same by rule, 0 when not (CORD's J(y, ŷ), arXiv:2601.16547 Eq. 8).
+
+    to: compare with the shard's `answer` or the model's own `reference`; default: the reference when there is one.
+    maths: LaTeX too, through `math-verify`.
+    """
+    if maths:
+        require_maths()
+
+    def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
+        compare, targets = _targets("match", to, columns, len(completions))
+        answers = [None if t is None else extract(t) if compare == "reference" else announced(t) or t for t in targets]
+        same = same_answers(list(zip(completions, answers, strict=True)), maths)
+        return [_decided(verdict, "mathematics took too long", fail) for verdict in same]
+
+    return reward
+
+
+def self_judge(ask: Ask | None = None, *, to: Target | None = None) -> Reward:
+    """1 or 0 as the run's own model, reading the text, says. Anything else it says leaves the response undecided."""
+    if ask is None:
+        raise ValueError("judge 'self' needs the run's model to ask, and there is none here; use 'match' or 'llm'")
+
+    def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
+        questions = _questions("self", to, prompts, completions, columns)
+        todo = list(dict.fromkeys(q for q in questions if q is not None))
+        told = dict(zip(todo, map(verdict, ask(todo) if todo else []), strict=True))
+        return [0.0 if q is None else _decided(told[q], "reply is neither 1 nor 0", fail) for q in questions]
+
+    return reward
+
+
+def llm(
+    ask: Ask | None = None,
+    *,
+    model: str,
+    url: str = "http://127.0.0.1:8000/v1",
+    api_key_env: str | None = None,
+    to: Target | None = None,
+    timeout: float = 60.0,
+    retries: int = 2,
+    concurrency: int = 8,
+    max_tokens: int = 16,
+) -> Reward:
+    """1 or 0 as a model behind an OpenAI-compatible endpoint says, at temperature 0; equal requests are asked once.
+
+    timeout: seconds for one attempt, slow bodies included. retries: more attempts after a time-out, a lost connection,
+    a 5xx or a 429. Once `concurrency` requests in a row have used up their attempts the endpoint is taken for down
+    until the next step, so a step never waits much longer than (retries + 1) * timeout for a dead one. api_key_env: the
+    environment variable with the key.
+    """
+    endpoint = Endpoint(_checked_url(url), model, _key(api_key_env), timeout, retries, concurrency, max_tokens)
+    known: dict[bytes, float] = {}
+
+    async def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
+        questions = _questions("llm", to, prompts, completions, columns)
+        keys = [None if q is None else hashlib.blake2b(q.encode()).digest() for q in questions]
+        todo = {
+            k: q for k, q in zip(keys, questions, strict=True) if k is not None and q is not None and k not in known
+        }
+        replies = dict(zip(todo, await ask_all(endpoint, list(todo.values())), strict=True))
+        known.update({k: v for k, v in replies.items() if isinstance(v, float)})
+        return [0.0 if k is None else _decided(known.get(k), str(replies.get(k)), fail) for k in keys]
+
+    return reward
+
+
+JUDGES: dict[str, Callable[..., Reward]] = {"match": match, "self": self_judge, "llm": llm}
+
+
+def verdict(reply: str) -> float | None:
+    """1.0 or 0.0 when that is the one digit a reply settles on, thoughts apart; otherwise None."""
+    reply = re.sub(r"<think>.*?(</think>|$)", "", reply, flags=re.DOTALL)
+    said = set(re.findall(r"(?<![\w.])\d+(?![\w]|\.\d)", reply))
+    return float(said.pop()) if said in ({"0"}, {"1"}) else None
+
+
+# ---- an endpoint
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask."""
+
+    url: str
+    model: str
+    key: str | None = field(repr=False)
+    timeout: float
+    retries: int
+    concurrency: int
+    max_tokens: int
+
+
+class Failure(Exception):
+    """Why a request has no reply, in words worth counting; `again` says whether asking once more may help."""
+
+    def __init__(self, reason: str, again: bool = False):
+        super().__init__(reason)
+        self.again = again
+
+
+async def ask_all(endpoint: Endpoint, questions: Sequence[str]) -> list[float | str]:
+    """The verdict on each question, or the reason there is none."""
+    gate, lost = asyncio.Semaphore(endpoint.concurrency), [0]  # lost: requests in a row without any reply
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    direct = httpx.URL(endpoint.url).host in ("127.0.0.1", "localhost", "::1")  # not through the environment's proxy
+
+    async def one(client: httpx.AsyncClient, question: str) -> float | str:
+        async with gate:
+            if lost[0] >= endpoint.concurrency:
+                return "endpoint is down"
+            try:
+                said = verdict(await ask_patiently(client, endpoint, question))
+            except Failure as failure:
+                lost[0] = lost[0] + 1 if failure.again else 0
+                return str(failure)
+            lost[0] = 0
+            return "reply is neither 1 nor 0" if said is None else said
+
+    async with httpx.AsyncClient(headers=headers, timeout=None, trust_env=not direct) as client:
+        return list(await asyncio.gather(*map(one, repeat(client), questions)))
+
+
+async def ask_patiently(client: httpx.AsyncClient, endpoint: Endpoint, question: str) -> str:
+    """The reply, asked for up to 1 + retries times. Raises Failure."""
+    for attempt in range(endpoint.retries):
+        try:
+            return await ask_once(client, endpoint, question)
+        except Failure as failure:
+            if not failure.again:
+                raise
+        await asyncio.sleep(min(0.25 * 2**attempt, 8.0))
+    return await ask_once(client, endpoint, question)
+
+
+async def ask_once(client: httpx.AsyncClient, endpoint: Endpoint, question: str) -> str:
+    body = {
+        "model": endpoint.model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": endpoint.max_tokens,
+    }
+    try:
+        async with asyncio.timeout(endpoint.timeout):  # the whole attempt: httpx's own limits are per read
+            response = await client.post(f"{endpoint.url}/chat/completions", json=body)
+    except TimeoutError:
+        raise Failure("timed out", again=True) from None
+    except httpx.HTTPError as error:
+        raise Failure(f"no connection ({type(error).__name__})", again=True) from None
+    if response.status_code != 200:
+        raise Failure(
+            f"HTTP {response.status_code}", again=response.status_code >= 500 or response.status_code in RETRIED
+        )
+    try:
+        return str(response.json()["choices"][0]["message"]["content"] or "")
+    except (ValueError, LookupError, TypeError):
+        raise Failure("reply is not a chat completion") from None
+
+
+def _checked_url(url: str) -> str:
+    if not re.match(r"https?://[^/\s]+", url):
+        raise ValueError(
+            f"judge 'llm' cannot ask {url!r}; give the address up to /v1, such as http://127.0.0.1:8000/v1"
+        )
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _key(name: str | None) -> str | None:
+    key = os.environ.get(name, "").strip() if name else None
+    if name and not (key and key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"judge 'llm' reads its key from the environment variable {name!r}, which is unset or not a key"
+        )
+    return key
+
+
+# ---- columns
+
+
+def _targets(judge: str, to: Target | None, columns: Mapping[str, Any], n: int) -> tuple[Target, list[str | None]]:
+    """What each completion is compared with.
+
+    A reference without an answer (None or empty) makes every reward of its group 0, and so every centred advantage: the
+    model gave nothing to agree with, and the judge did not fail. A missing `answer` is a mistake in the data.
+    """
+    to = to or ("reference" if "reference" in columns else "answer")
+    if to not in ("answer", "reference"):
+        raise ValueError(f"judge {judge!r} compares to 'answer' or 'reference', not to {to!r}")
+    if to == "reference" and "reference" not in columns:
+        raise ValueError(f"judge {judge!r} compares to the model's own answer, but the recipe has no judge.reference")
+    targets: list[str | None] = list(columns.get(to) or [None] * n)
+    for key, target in zip(columns.get("key") or [None] * n, targets, strict=True):
+        if to == "answer" and not (target or "").strip():
+            raise ValueError(
+                f"judge {judge!r} compares to the answer, but sample {key!r} has none; add `answer` to the shard,"
+                " or set judge.reference to compare with the model's own text answer"
+            )
+    return to, targets
+
+
+def _questions(
+    judge: str, to: Target | None, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Any]
+) -> list[str | None]:
+    """The question to ask about each completion; None where either side is empty, which is 0 without asking."""
+    _, targets = _targets(judge, to, columns, len(completions))
+    return [
+        _question(prompt, done, target) if done.strip() and (target or "").strip() else None
+        for prompt, done, target in zip(prompts, completions, targets, strict=True)
+    ]
+
+
+def _question(prompt: Any, response: str, target: str | None) -> str:
+    shown = f"The question was:\n{prompt}\n\n" if isinstance(prompt, str) and prompt.strip() else ""
+    text = QUESTION.format(prompt=shown, response=response.strip(), target=(target or "").strip())
+    return text.encode(errors="replace").decode()  # half a surrogate pair cannot be sent
+
+
+def _decided(value: float | bool | None, reason: str, fail: Callable[[str], Any]) -> float | None:
+    if value is None:
+        fail(reason)
+        return None
+    return float(value)
+
+
+def _ignore(reason: str) -> None:
+    """For callers that do not count reasons, such as TRL."""
+
+
+def _name(reward: Reward) -> str:
+    return getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
+
+
+def _wait(returned: Awaitable[Any]) -> Any:
+    async def wait() -> Any:
+        return await returned
+
+    return asyncio.run(wait())

@@ -1,0 +1,224 @@
+"""One training step: sample, score, judge the whole step once, then turn micro-batches into loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from xmodal_opd import models
+from xmodal_opd.build import STUDENT, Parts
+from xmodal_opd.evaluate import is_right
+from xmodal_opd.metrics import reward_metrics
+from xmodal_opd.objective import Term
+from xmodal_opd.objective import rows as take
+from xmodal_opd.objective.divergences import reverse_kl
+from xmodal_opd.scoring.forward import divergence, statistics, student_logp
+from xmodal_opd.scoring.judge import judge
+from xmodal_opd.tokens import cut, token_batch
+from xmodal_opd.types import Judged, Pair, Rollout, Scores, TokenBatch
+
+Source = tuple[str, str]  # (model, view)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rollouts of a step in one order, and the same as numbers."""
+
+    rollouts: list[Rollout]
+    sampling: list[str]  # which sampling each came from
+    batch: TokenBatch
+
+
+def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
+    """Sample, judge, backward and update on `pairs`; returns the step's metrics."""
+    step, metrics = sample(parts, pairs, number)
+    terms = {name: term.at(number, parts.recipe.train.steps) for name, term in parts.terms.items()}
+    judged = {name: judge_term(term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()}
+    sums: dict[str, float] = {}
+    for piece in cut(step.rollouts, parts.recipe.engine.micro_tokens):
+        with parts.engine.precision():
+            loss = micro_loss(parts, terms, judged, step, piece, sums)
+        parts.engine.backward(loss)
+    metrics |= sums | {"loss": sum(v for k, v in sums.items() if k.startswith("loss/"))}
+    metrics |= parts.engine.step(number)
+    if "ema" in parts.models:
+        models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
+    return metrics
+
+
+# ---- sampling and scoring, without gradient
+
+
+def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict[str, float]]:
+    """The step's rollouts with all their scores, and what is worth knowing about them."""
+    reference = {} if parts.reference is None else {"(reference)": parts.reference}
+    seed = parts.recipe.train.seed * 1_000_003 + number * 4099
+    answers = parts.sampler.generate(pairs, parts.samplings | reference, seed)
+    references = answers.pop("(reference)", None)
+    rollouts = [r for some in answers.values() for r in some]
+    sampling = [name for name, some in answers.items() for _ in some]
+    rewards, failures = rewards_of(parts, answers, references)
+    batch = token_batch(rollouts, Scores(reward=rewards))
+    scores = Scores(batch.scores | local_scores(parts, rollouts, batch.mask))
+    step = Step(rollouts, sampling, on_device(replace(batch, scores=scores), parts.student.device))
+    return step, describe(parts, answers, rewards, failures)
+
+
+def rewards_of(
+    parts: Parts, answers: Mapping[str, list[Rollout]], references: Sequence[Rollout] | None
+) -> tuple[Tensor, int]:
+    """Rewards [B], NaN where none was asked for or the judge could not decide; and how often it could not."""
+    rewards: list[float] = []
+    failures = 0
+    for name, rollouts in answers.items():
+        if parts.judge is None or name not in parts.judged:
+            rewards += [float("nan")] * len(rollouts)
+            continue
+        texts = None if references is None else [references[r.group].text for r in rollouts]
+        values, failed = judge(parts.judge, rollouts, texts)
+        rewards += [float("nan") if v is None else v for v in values]
+        failures += sum(failed.values())
+    return torch.tensor(rewards), failures
+
+
+@torch.no_grad()
+def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dict[str, Tensor]:
+    """NAME_logp and NAME_entropy [B, T] of every scorer, and NAME_divergence = KL(student || NAME) where asked."""
+    out: dict[str, Tensor] = {}
+    for piece in cut(rollouts, parts.recipe.engine.micro_tokens) if parts.recipe.scoring else ():
+        rows, some, here = torch.tensor(piece), [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
+        for name, scorer in parts.recipe.scoring.items():
+            model = parts.models[scorer.model]
+            hidden = parts.responses.hidden(model, some, scorer.view)
+            values = dict(zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True))
+            if scorer.divergence:
+                own = (parts.student, parts.responses.hidden(parts.student, some, "student"))
+                values["divergence"] = divergence(reverse_kl, own, (model, hidden), here, parts.vocab)
+            for kind, value in values.items():
+                out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[rows] = value.float().cpu()
+    return out
+
+
+def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    scores = Scores({name: value.to(device) for name, value in batch.scores.items()})
+    return TokenBatch(batch.mask.to(device), batch.group.to(device), batch.student_logp.to(device), scores)
+
+
+def describe(parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor, failures: int) -> dict[str, float]:
+    """Metrics of the samples alone, under the names TRL uses where it has one."""
+    every = [r for some in answers.values() for r in some]
+    own = [r for name, some in answers.items() if parts.samplings[name].view == "student" for r in some]
+    gold = [is_right(r.pair, r, parts.right) for r in own if r.pair.answer is not None]
+    groups = [(i, r.group) for i, name in enumerate(answers) for r in answers[name]]
+    tokens = [logp for r in every for logp in r.logps]
+    return {
+        "completions/mean_length": sum(len(r.tokens) for r in every) / len(every),
+        "completions/clipped_ratio": sum(not r.finished for r in every) / len(every),
+        "entropy": -sum(tokens) / len(tokens),  # of the sampled tokens: unbiased only at temperature 1
+        "num_tokens": float(len(tokens)),
+        **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
+        **reward_metrics(rewards.tolist(), [hash(g) for g in groups]),
+        **({"judge_failures": float(failures)} if parts.judge else {}),
+    }
+
+
+def judge_term(term: Term, on: str, step: Step) -> Judged:
+    """The term's verdict on the rows of its sampling, zero on all others."""
+    mine = torch.tensor([r for r, name in enumerate(step.sampling) if name == on])
+    verdict = term.judge(take(step.batch, mine))
+    zeros = torch.zeros_like(step.batch.student_logp)
+    return Judged(zeros.index_copy(0, mine, verdict.weight), zeros.index_copy(0, mine, verdict.advantage))
+
+
+# ---- the forward with gradient
+
+
+def micro_loss(
+    parts: Parts,
+    terms: Mapping[str, Term],
+    judged: Mapping[str, Judged],
+    step: Step,
+    piece: Sequence[int],
+    sums: dict[str, float],
+) -> Tensor:
+    """Loss of some rows of the step; adds each term's share, and its mean divergence, to `sums`."""
+    use = {name: [r for r in piece if step.sampling[r] == parts.recipe.objective[name].sampling] for name in terms}
+    hidden = hidden_states(parts, terms, step, use)
+    total = torch.zeros((), device=parts.student.device)
+    for name, rows in use.items():
+        if not rows:
+            continue
+        index = torch.tensor(rows, device=total.device)
+        batch = take(step.batch, index)
+        per_token = values(parts, name, terms[name], hidden, [step.rollouts[r] for r in rows], rows, batch.mask)
+        loss = terms[name].loss(batch, take(judged[name], index), per_token)
+        sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(loss.detach())
+        if terms[name].divergence:
+            tokens = sum(
+                int(n)
+                for n, s in zip(step.batch.mask.sum(1), step.sampling, strict=True)
+                if s == parts.recipe.objective[name].sampling
+            )
+            sums[f"distill/{name}"] = sums.get(f"distill/{name}", 0.0) + float(per_token.detach().sum()) / tokens
+        total = total + loss
+    return total
+
+
+def sources(parts: Parts, name: str, term: Term) -> tuple[Source, Source | None]:
+    """What the student sees in this term, and who teaches it."""
+    spec = parts.recipe.objective[name]
+    return (STUDENT, spec.view), (spec.teacher.model, spec.teacher.view) if term.divergence else None
+
+
+def hidden_states(
+    parts: Parts, terms: Mapping[str, Term], step: Step, use: Mapping[str, list[int]]
+) -> dict[Source, tuple[dict[int, int], Tensor]]:
+    """Each (model, view) run once over all rows that need it: {row: place}, hidden states. With gradient where a
+    term trains through it; a term that only learns from it detaches."""
+    rows: dict[Source, dict[int, int]] = {}
+    trained: set[Source] = set()
+    for name, mine in use.items():
+        student, teacher = sources(parts, name, terms[name])
+        trained |= {student} if mine else set()
+        for source in filter(None, (student, teacher)):
+            places = rows.setdefault(source, {})
+            for row in mine:
+                places.setdefault(row, len(places))
+    return {
+        source: (
+            places,
+            parts.responses.hidden(
+                parts.models[source[0]], [step.rollouts[r] for r in places], source[1], grad=source in trained
+            ),
+        )
+        for source, places in rows.items()
+        if places
+    }
+
+
+def values(
+    parts: Parts,
+    name: str,
+    term: Term,
+    hidden: Mapping[Source, tuple[dict[int, int], Tensor]],
+    rollouts: Sequence[Rollout],
+    rows: Sequence[int],
+    mask: Tensor,
+) -> Tensor:
+    """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
+
+    def of(source: Source) -> Tensor:
+        places, states = hidden[source]
+        return states[[places[r] for r in rows]]
+
+    student, teacher = sources(parts, name, term)
+    if term.divergence is None or teacher is None:
+        return student_logp(parts.student, of(student), rollouts, mask)
+    other = parts.models[teacher[0]]
+    if not term.sampled:
+        sides = (parts.student, of(student)), (other, of(teacher).detach())
+        return divergence(term.divergence, *sides, mask, parts.vocab)
+    with torch.no_grad():
+        logq = student_logp(other, of(teacher), rollouts, mask)
+    return term.divergence(student_logp(parts.student, of(student), rollouts, mask), logq)

@@ -1,0 +1,178 @@
+"""The loop: evaluate, train, save, evaluate again, and say what became of the gap."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xmodal_opd import checkpoint, config, evaluate, report
+from xmodal_opd.build import Parts, build, open_shards
+from xmodal_opd.metrics import Metrics, Progress
+from xmodal_opd.provenance import provenance
+from xmodal_opd.rollout.hf import Sampling
+from xmodal_opd.selftest import self_test
+from xmodal_opd.step import train_step
+from xmodal_opd.types import Pair
+
+PATIENCE = 3  # steps in a row without a finite gradient
+
+
+def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> dict[str, Any]:
+    """Run a recipe to its end in its run folder; returns the summary. With `resume`, go on from its last checkpoint.
+
+    Raises ValueError, RuntimeError or OSError in one sentence for what cannot be run; what was saved stays good.
+    SystemExit(130 or 143) when stopped by Ctrl-C or SIGTERM, after the step and a checkpoint.
+    """
+    began = time.monotonic()
+    run = run_folder(recipe, resume)
+    torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
+    torch.manual_seed(recipe.train.seed)
+    parts = build(recipe)
+    training, testing = open_shards(recipe)
+    state = begin(parts, run, resume, command)
+    tests = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+    before = evaluated(parts, tests, run / "eval" / "before.jsonl")
+    check_alignment(parts, tests[:4])
+    with Metrics(run, state["step"]) as metrics, Progress(recipe.train.steps, state["step"]) as progress:
+        loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, metrics, progress, began)
+    after = evaluated(parts, tests, run / "eval" / "after.jsonl")
+    summary = {"method": recipe.name} | report.summary(before, after, elapsed(state, began))
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.curves(run)
+    return summary | {"run_dir": str(run)}
+
+
+def loop(
+    parts: Parts,
+    pairs: Iterator[tuple[int, Pair]],
+    tests: list[Pair],
+    state: dict[str, Any],
+    run: Path,
+    metrics: Metrics,
+    progress: Progress,
+    began: float,
+) -> None:
+    """Steps until the recipe's last. `state` {step, position, seconds, skipped} is what a resumed run starts from."""
+    recipe = parts.recipe
+    with stop_requests() as stop:
+        for number in range(state["step"], recipe.train.steps):
+            asked = time.monotonic()
+            taken = list(islice(pairs, recipe.train.prompts))
+            waited = time.monotonic() - asked
+            values = train_step(parts, [pair for _, pair in taken], number)
+            values |= {"data_wait": waited, "step_time": time.monotonic() - asked}
+            done = number + 1
+            state |= {"step": done, "position": taken[-1][0], "skipped": skipped_in_a_row(values, state, number)}
+            if recipe.eval.every and done % recipe.eval.every == 0:
+                values |= evaluate.accuracies(evaluated(parts, tests[: recipe.eval.during], None))
+            metrics.write(done, values)
+            progress.update(done, values)
+            if done % recipe.checkpoint.every == 0 or done == recipe.train.steps or stop:
+                save(parts, run, state, began)
+            if stop:
+                raise SystemExit(128 + stop[0])
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait for the end of the step, in the list; a second one interrupts at once."""
+    stop: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def skipped_in_a_row(values: dict[str, float], state: dict[str, Any], number: int) -> int:
+    """How many steps running had no finite gradient. Raises RuntimeError at the third, naming the terms."""
+    row = state["skipped"] + 1 if values["skipped"] else 0
+    if row == PATIENCE:
+        bad = [name for name, v in values.items() if name.startswith("loss/") and v - v != 0]
+        raise RuntimeError(
+            f"{PATIENCE} steps in a row, up to step {number + 1}, had no finite gradient "
+            f"(terms that are not finite: {', '.join(bad) or 'none, so it is the backward pass'}); lower optim.lr or "
+            "look at the data of these steps; the last checkpoint is from before them"
+        )
+    return row
+
+
+def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[str, Any]]:
+    """Records of the test questions, kept at `path`: a resumed run reads what it wrote before."""
+    if path is not None and path.is_file():
+        return evaluate.read(path)
+    settings = parts.recipe.eval
+    records = evaluate.evaluate(
+        tests, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
+    )
+    if path is not None:
+        evaluate.write(records, path)
+    return records
+
+
+def check_alignment(parts: Parts, pairs: list[Pair]) -> None:
+    rollouts = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
+    self_test(parts.student, parts.responses, rollouts)
+
+
+# ---- the run folder
+
+
+def run_folder(recipe: config.Recipe, resume: bool) -> Path:
+    """The recipe's run_dir, or runs/NAME-DATE. Raises ValueError when it holds a run and this is not its resumption."""
+    if recipe.run_dir is None and resume:
+        runs = sorted(Path("runs").glob(f"{recipe.name}-*/checkpoints/latest"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise ValueError(
+                f"nothing to resume: no checkpoint in runs/{recipe.name}-*; name the run with run_dir=PATH"
+            )
+        return runs[-1].parents[1]
+    run = Path(recipe.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (run / "recipe.yaml").exists() and not resume:
+        raise ValueError(
+            f"{run} already holds a run; go on with it by --resume, or name another folder by run_dir=PATH"
+        )
+    return run
+
+
+def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]:
+    """Write what identifies the run, or with `resume` fill the parts from its last checkpoint."""
+    found = checkpoint.latest(run) if resume else None
+    if found:
+        optimizer, state = checkpoint.load(found, parts.student, parts.models.get("ema"))
+        parts.engine.load_state_dict(optimizer)
+        return state
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(config.dump(parts.recipe))
+    (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
+    return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0}
+
+
+def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:
+    checkpoint.save(
+        run,
+        parts.student,
+        parts.processor,
+        parts.engine.state_dict(),
+        state | {"seconds": elapsed(state, began)},
+        keep=parts.recipe.checkpoint.keep,
+        ema=parts.models.get("ema"),
+    )
+
+
+def elapsed(state: dict[str, Any], began: float) -> float:
+    """Seconds of this run over all its sessions."""
+    return state["seconds"] + time.monotonic() - began

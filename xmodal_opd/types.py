@@ -1,0 +1,87 @@
+"""The records that flow through a run. No logic lives here, and this file imports nothing of ours.
+
+Axes:  B responses   T response tokens   V vocabulary   H hidden   N response tokens, flattened   G rollouts per prompt
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Inputs = Mapping[str, Any]  # one view of one question; only the adapter that made it looks inside
+
+
+class SampleError(ValueError):
+    """One sample cannot be used; the message names it and the reason. The data pipeline counts and skips it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question under named views ("student": the audio, "teacher": its transcript). Made by an adapter."""
+
+    key: str
+    views: Mapping[str, Inputs]
+    answer: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer, as token ids: they are what is scored, text is never tokenised again."""
+
+    pair: Pair
+    tokens: list[int]  # includes the end-of-sequence token when `finished`
+    logps: list[float]  # log-prob of each token under the sampling policy at temperature 1
+    text: str
+    finished: bool
+    group: int  # answers to the same prompt from the same sampling share a group
+    prompt_tokens: int = 0  # length of the prompt it was sampled from, media included
+
+
+class Scores(dict[str, Tensor]):
+    """What scorers measured, by name: [B, T] per token or [B] per response. A missing name lists those that exist."""
+
+    def __missing__(self, name: str) -> Tensor:
+        have = ", ".join(sorted(self)) or "none"
+        raise KeyError(f"no scorer computed {name!r} (have: {have}); add it under `scoring:` in the recipe")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Responses as numbers per token. Prompts, media and vocabularies are already gone."""
+
+    mask: Bool[Tensor, "B T"]
+    group: Int[Tensor, " B"]
+    student_logp: Float[Tensor, "B T"]  # log p of the sampled token at the moment of sampling
+    scores: Scores = field(default_factory=Scores)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a loss term decided about each token, once per step and before any gradient."""
+
+    weight: Float[Tensor, "B T"]  # scale, step-wide weights and reduction, multiplied; zero outside the mask
+    advantage: Float[Tensor, "B T"]
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Turns samples into pairs, and views into a model's inputs. The only part that knows a modality."""
+
+    def pair(self, sample: Mapping[str, Any]) -> Pair:
+        """Raises SampleError, naming the sample, when it cannot be used."""
+        ...
+
+    def text(self, prompt: str) -> Inputs:
+        """The view of a plain question in text, for judges that ask the model itself."""
+        ...
+
+    def batch(self, views: Sequence[Inputs]) -> dict[str, Tensor]:
+        """The model's keyword inputs for left-padded prompts: `input_ids`, `attention_mask` and media features."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a response, special tokens left out."""
+        ...
