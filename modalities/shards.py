@@ -108,7 +108,7 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     """The index of finished shards, of an unfinished run (no "shardlist"), or None."""
     for name in (INDEX, UNFINISHED):
         if (path := Path(folder, name)).exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text("utf-8"))
     return None
 
 

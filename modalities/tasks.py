@@ -6,29 +6,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
 CATEGORIES = {
     "an animal": ["horse", "rabbit", "monkey", "tiger", "camel", "lizard"],
     "a color": ["yellow", "purple", "orange", "silver", "scarlet", "turquoise"],
@@ -83,10 +64,11 @@ def choice(rng: random.Random) -> Question:
     rng.shuffle(options)
     letter = "ABC"[options.index(right)]
     listed = " ".join(f"{name}: {word}." for name, word in zip("ABC", options, strict=True))
+    kinds = [next(k for k, words in CATEGORIES.items() if word in words) for word in options]
     wording = rng.choice(("Which one is {}? {}", "Find {}. {}"))
-    return Question(
-        "choice", f"{kind} {listed}", wording.format(kind, listed), f"{right} is {kind}. answer: {letter}", letter
-    )
+    sorted_out = [f"{k.split()[1]} {name}" for name, k in zip("ABC", kinds, strict=True)]
+    worked = f"{', '.join(sorted_out)}, so {kind.split()[1]} {letter}. answer: {letter}"
+    return Question("choice", f"{kind} {listed}", wording.format(kind, listed), worked, letter)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Question]] = {f.__name__: f for f in (arithmetic, ordering, choice)}

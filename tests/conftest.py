@@ -1,6 +1,7 @@
 """Tiny random instances of real model classes, with their real processors, made once a session."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def qwen2(tokenizer):
     return model, tokenizer
 
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = {"omni": omni, "qwen2_audio": qwen2_audio, "qwen2": qwen2}
 
 
@@ -99,3 +101,31 @@ def make_pairs(adapter: AudioAdapter, count: int, audio: bool = True) -> list[Pa
         )
         pairs.append(Pair(f"q{i}", views, q.answer, {"task": q.task}))
     return pairs
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tokenizer):
+    """A folder with a random tiny model and spoken shards, and a recipe on them: {"folder", "recipe"}."""
+    from modalities.audio.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("world")
+    model, processor = omni(tokenizer)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for split, count in (("train", 24), ("test", 6)):
+        prepare(folder / split, count=count, split=split, accents=["en-us"], per_shard=8, progress=False, workers=1)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        f"""
+include: [{ROOT / "configs" / "methods" / "cord.yaml"}]
+name: tiny
+model: {{name: {folder / "model"}, train: [audio_tower]}}
+data: {{train: {folder / "train"}, test: {folder / "test"}}}
+rollout: {{max_tokens: 8}}
+optim: {{lr: 1e-3}}
+train: {{steps: 4, prompts: 3, threads: 1}}
+eval: {{every: 2, during: 3}}
+checkpoint: {{every: 1, keep: 2}}
+"""
+    )
+    return {"folder": folder, "recipe": str(recipe)}

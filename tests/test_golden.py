@@ -132,6 +132,7 @@ ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
         [[0.0] * 3] * 2,
         [-2, 2, 0, 6],
     ),
+    ("constant", {"value": 2.0}, {}, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [3, 4, 5, 6]),
     ("kl_baseline", {"scale": 2.0}, {"teacher_divergence": D}, [[1.0] * 3] * 2, [2.6, 1.8, 1, 2.2]),
     # the responses are worth 2 and 6, so the mean is 4 (over tokens it would be 3)
     ("group_center", {}, {}, [[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]], [-3, -2, -1, 2]),

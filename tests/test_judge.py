@@ -140,9 +140,9 @@ def test_an_article_is_not_an_option():
 
 @pytest.mark.parametrize("text", ["answer ", "answer is ", "a hundred ", "1 ", "\\boxed{", "1,111,", "- ", "one "])
 def test_a_response_that_repeats_itself_is_read_in_bounded_time(text: str):
-    began = time.monotonic()
+    began = time.process_time()
     same_answer(text * 5000, "3")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5  # 0.1 s; minutes without the bounds
 
 
 def test_a_number_of_thousands_of_digits_is_no_trouble():

@@ -121,22 +121,13 @@ def test_estimators_are_unbiased_as_numbers(name):
     torch.testing.assert_close((p.exp() * SAMPLED[name](p, q)).sum(), DIVERGENCES["reverse_kl"](p, q))
 
 
-def judged_token(chain, p, q, a):
-    """The advantage a policy term gives to sampling token `a` of a one-token response."""
-    kl = DIVERGENCES["reverse_kl"](p, q).view(1, 1)
-    scores = Scores(teacher_logp=q[a].view(1, 1), teacher_divergence=kl)
-    batch = TokenBatch(torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.long), p[a].view(1, 1), scores)
-    return Term.build(advantages=chain, surrogate="reinforce").judge(batch).advantage
-
-
-def policy_gradients(chain, s, q):
-    """Gradient of the policy loss for every token that could be sampled [V, V], and their probabilities [V]."""
-    p = s.log_softmax(-1)
-    each = [
-        -judged_token(chain, p.detach(), q, a).item() * torch.autograd.grad(p[a], s, retain_graph=True)[0]
-        for a in range(V)
-    ]
-    return torch.stack(each), p.detach().exp()
+def policy_gradients(chain, p, q):
+    """−A ∇log p, in the logits, of a one-token response for every token [V, V] that could be sampled."""
+    kl = DIVERGENCES["reverse_kl"](p, q).expand(V, 1)
+    scores = Scores(teacher_logp=q[:, None], teacher_divergence=kl)
+    batch = TokenBatch(torch.ones(V, 1, dtype=torch.bool), torch.arange(V), p[:, None], scores)
+    advantage = Term.build(advantages=chain, surrogate="reinforce").judge(batch).advantage
+    return -advantage * (torch.eye(V, dtype=torch.float64) - p.exp())
 
 
 def test_kl_baseline_keeps_the_gradient_and_on_average_lowers_its_variance():
@@ -144,12 +135,14 @@ def test_kl_baseline_keeps_the_gradient_and_on_average_lowers_its_variance():
     variance = []
     for seed in range(40):
         s, q = random(V, seed=seed).requires_grad_(), random(V, seed=seed + 1000).log_softmax(-1)
-        plain, p = policy_gradients(["teacher_logratio"], s, q)
-        based, _ = policy_gradients(["teacher_logratio", "kl_baseline"], s, q)
-        mean = p @ plain
-        torch.testing.assert_close(p @ based, mean)
+        p = s.detach().log_softmax(-1)
+        plain, based = (
+            policy_gradients(chain, p, q) for chain in (["teacher_logratio"], ["teacher_logratio", "kl_baseline"])
+        )
+        mean = p.exp() @ plain
+        torch.testing.assert_close(p.exp() @ based, mean)
         torch.testing.assert_close(mean, torch.autograd.grad(DIVERGENCES["reverse_kl"](s.log_softmax(-1), q), s)[0])
-        variance.append([(p @ (g - mean).square().sum(1)).item() for g in (plain, based)])
+        variance.append([(p.exp() @ (g - mean).square().sum(1)).item() for g in (plain, based)])
     ratio = torch.tensor(variance)
     assert (ratio[:, 1] / ratio[:, 0]).mean() < 0.97
 

@@ -118,6 +118,12 @@ def test_vocabularies_that_do_not_fit_are_refused(cut, message):
         vocab.divergence(reverse_kl, hs, ws, ht, wt[: V - 3], vocab=cut)
 
 
+def test_rows_that_do_not_pair_up_are_refused():
+    hs, ws, ht, wt = inputs()
+    with pytest.raises((ValueError, TypeError), match=r"13 and 12|hidden_t"):  # the second from the shape checker
+        vocab.divergence(reverse_kl, hs, ws, ht[:-1], wt)
+
+
 def test_teacher_gets_no_gradient():
     hs, ws, ht, wt = (x.requires_grad_() for x in inputs())
     vocab.divergence(reverse_kl, hs, ws, ht, wt).sum().backward()

@@ -236,8 +236,8 @@ def accuracy(model, adapter, pairs, audio: bool) -> dict[str, float]:
 def learn_text(model, adapter, seed: int) -> None:
     from modalities.tasks import questions
 
-    stream = questions(seed, "train", ("arithmetic", "ordering", "choice", "choice"))
-    fit(model, adapter, lambda: [example(adapter, next(stream)) for _ in range(64)], 900, 2e-3, "text")
+    stream = questions(seed, "train")
+    fit(model, adapter, lambda: [example(adapter, next(stream)) for _ in range(64)], 600, 2e-3, "text")
 
 
 def learn_to_hear(model, adapter, seed: int) -> None:

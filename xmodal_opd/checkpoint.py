@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,11 +45,11 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         point(run, folder)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
         shutil.rmtree(aside, ignore_errors=True)
-        good = latest(run)
+        good, reason = latest(run), getattr(error, "strerror", None) or error
         raise OSError(
-            f"checkpoint of step {state['step']} could not be written to {folder.parent}: {error.strerror or error}; "
+            f"checkpoint of step {state['step']} could not be written to {folder.parent}: {reason}; "
             f"{f'the last good one is {good}' if good else 'none was saved before'}; make room and run with --resume"
         ) from error
     for old in sorted((run / "checkpoints").glob("step-??????"))[:-keep]:

@@ -29,10 +29,26 @@ class Step:
     sampling: list[str]  # which sampling each came from
     batch: TokenBatch
 
+    def rows(self, sampling: str) -> Tensor:
+        """Where the answers of one sampling stand."""
+        return torch.tensor([r for r, name in enumerate(self.sampling) if name == sampling])
+
+    def tokens(self, sampling: str) -> int:
+        return int(self.batch.mask[self.rows(sampling)].sum())
+
 
 def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
     """Sample, judge, backward and update on `pairs`; returns the step's metrics."""
     step, metrics = sample(parts, pairs, number)
+    metrics |= backward(parts, step, number)
+    metrics |= parts.engine.step(number)
+    if "ema" in parts.models:
+        models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
+    return metrics
+
+
+def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
+    """Judge the whole step, then add up its gradient piece by piece; returns loss and mean divergence of each term."""
     terms = {name: term.at(number, parts.recipe.train.steps) for name, term in parts.terms.items()}
     judged = {name: judge_term(term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()}
     sums: dict[str, float] = {}
@@ -40,11 +56,7 @@ def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, fl
         with parts.engine.precision():
             loss = micro_loss(parts, terms, judged, step, piece, sums)
         parts.engine.backward(loss)
-    metrics |= sums | {"loss": sum(v for k, v in sums.items() if k.startswith("loss/"))}
-    metrics |= parts.engine.step(number)
-    if "ema" in parts.models:
-        models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
-    return metrics
+    return sums | {"loss": sum(value for name, value in sums.items() if name.startswith("loss/"))}
 
 
 # ---- sampling and scoring, without gradient
@@ -125,7 +137,7 @@ def describe(parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor
 
 def judge_term(term: Term, on: str, step: Step) -> Judged:
     """The term's verdict on the rows of its sampling, zero on all others."""
-    mine = torch.tensor([r for r, name in enumerate(step.sampling) if name == on])
+    mine = step.rows(on).to(step.batch.mask.device)
     verdict = term.judge(take(step.batch, mine))
     zeros = torch.zeros_like(step.batch.student_logp)
     return Judged(zeros.index_copy(0, mine, verdict.weight), zeros.index_copy(0, mine, verdict.advantage))
@@ -155,11 +167,7 @@ def micro_loss(
         loss = terms[name].loss(batch, take(judged[name], index), per_token)
         sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(loss.detach())
         if terms[name].divergence:
-            tokens = sum(
-                int(n)
-                for n, s in zip(step.batch.mask.sum(1), step.sampling, strict=True)
-                if s == parts.recipe.objective[name].sampling
-            )
+            tokens = step.tokens(parts.recipe.objective[name].sampling)
             sums[f"distill/{name}"] = sums.get(f"distill/{name}", 0.0) + float(per_token.detach().sum()) / tokens
         total = total + loss
     return total

@@ -74,14 +74,14 @@ def prepare(
     """
     options = Sound(**sound)
     voices(options.split, options.accents)
-    if kind != "audio" and not options.command:
-        installed()
     base = Path(file).parent if file else Path()
     drafts = _tasks(options, count, families, instruction) if kind == "tasks" else _lines(kind, file, instruction)
     settings = {"kind": kind, "records": digest(drafts), "per_shard": per_shard, **asdict(options)}
     each = partial(render, options, base)
 
     def samples(numbers: Sequence[int]) -> Iterator[dict[str, bytes] | str]:
+        if kind != "audio" and not options.command:
+            installed()  # here, where a missing engine is one message and not one from each worker
         return _map(each, [(n, drafts[n]) for n in numbers], workers or os.cpu_count() or 1)
 
     return write_shards(folder, settings, len(drafts), samples, per_shard, progress)
@@ -108,7 +108,7 @@ def _lines(kind: str, file: str | Path | None, instruction: str) -> list[Draft |
         raise ValueError(f"kind is tasks, or {' or '.join(READERS)} with a file of records; got {kind!r} and {file}")
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file of records {file}")
-    lines = read_lines(Path(file).read_text(), Path(file).name)
+    lines = read_lines(Path(file).read_text("utf-8"), Path(file).name)
     return [_draft(kind, where, record, instruction) for where, record in lines]
 
 

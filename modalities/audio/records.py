@@ -188,7 +188,7 @@ def meta_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_lines(text: str, name: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
     """(where, record or what is wrong with the line) of each line that is not blank."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at a U+2028 inside a string
         if not line.strip():
             continue
         where = f"{name} line {number}"

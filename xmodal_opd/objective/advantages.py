@@ -24,6 +24,11 @@ def reward(batch: TokenBatch, adv: Advantage, *, scale: float = 1.0) -> Advantag
     return adv + scale * batch.scores["reward"][:, None]
 
 
+def constant(batch: TokenBatch, adv: Advantage, *, value: float = 1.0) -> Advantage:
+    """Add `value`: with `reinforce`, SFT on whatever was sampled. CORD, arXiv:2601.16547 Eq. 12."""
+    return adv + value
+
+
 def group_center(batch: TokenBatch, adv: Advantage) -> Advantage:
     """A − mean of the group; 0 for a group of one. CORD, arXiv:2601.16547 Eq. 9; Dr. GRPO, arXiv:2503.20783."""
     mean, _, _ = group_statistics(batch, adv)
@@ -100,6 +105,7 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         reward,
+        constant,
         group_center,
         group_normalize,
         leave_one_out,

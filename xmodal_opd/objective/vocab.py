@@ -38,12 +38,12 @@ def divergence(
     fn: a piece of DIVERGENCES, or any function of two log-probability rows that treats rows independently.
     chunk: tokens at a time, by default as many as fit a fixed number of logits. temperature divides both logits.
     vocab: the real vocabulary size; heads padded to different sizes are cut to it.
-    Raises ValueError when the vocabularies differ and `vocab` does not say where to cut.
+    Raises ValueError when tokens do not pair up, or vocabularies differ and `vocab` does not say where to cut.
     """
+    refuse_unpaired("student and teacher hidden states", hidden_s, hidden_t)
     same = is_same(head_s, head_t)
     head_s, head_t = real_vocabulary(head_s, head_t, vocab)
     hidden_t, head_t = hidden_t.detach().to(head_t.dtype), head_t.detach()
-
     slope_of = reverse_kl_slope if fn is reverse_kl else partial(any_slope, fn)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -58,6 +58,7 @@ def token_logp(
     hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
 ) -> PerToken:
     """log softmax(hidden · head) at the tokens `ids`, with gradient to the hidden states and the head."""
+    refuse_unpaired("hidden states and tokens", hidden, ids)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
         p, index = logps(hidden, head), ids[rows, None]
@@ -72,6 +73,7 @@ def statistics(
     hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
 ) -> tuple[PerToken, PerToken]:
     """log-probability of the tokens `ids` and entropy of the whole distribution in nats, without gradient."""
+    refuse_unpaired("hidden states and tokens", hidden, ids)
     logp, entropy = (torch.empty(len(hidden), dtype=wide(head), device=hidden.device) for _ in range(2))
     with as_given(head):
         for rows in chunks(len(hidden), chunk or fitting(head)):
@@ -184,6 +186,11 @@ def real_vocabulary(head_s: Tensor, head_t: Tensor, vocab: int | None) -> tuple[
     if vocab is not None and not 0 < vocab <= min(sizes):
         raise ValueError(f"vocab={vocab} is not within the {sizes[0]} student and {sizes[1]} teacher rows")
     return head_s[:vocab], head_t[:vocab]
+
+
+def refuse_unpaired(what: str, a: Tensor, b: Tensor) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{what} must be of the same response tokens; found {len(a)} and {len(b)}")
 
 
 def fitting(head: Tensor) -> int:

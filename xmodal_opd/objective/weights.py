@@ -57,7 +57,7 @@ def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
 def position_linear(batch: TokenBatch, *, beta: float = 2.0) -> Weights:
     """β − (β−1)·(t−1)/(T−1): β at the first token, 1 at the last, β when T = 1. CORD, arXiv:2601.16547 Eq. 5."""
     last = (batch.mask.sum(1, keepdim=True) - 1).clamp(min=1)
-    return beta - (beta - 1) * (places(batch) / last).clamp(max=1)
+    return beta - (beta - 1) * places(batch) / last
 
 
 def position_decay(batch: TokenBatch, *, half_life: float = 256.0) -> Weights:

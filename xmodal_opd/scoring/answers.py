@@ -22,7 +22,7 @@ PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarter
 PARTS |= {"fifth": 5, "fifths": 5, "sixth": 6, "sixths": 6, "eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10}
 NO_NUMBER = ("the", "this", "that", "which", "each", "every", "any", "no", "other", "only", "same", "first", "last")
 LONGEST = 100  # characters of a number that is read: Python refuses thousands of digits, and no answer has so many
-TAIL = 10_000  # characters: the final answer stands at the end, and the time to find it stays bounded
+TAIL = 4000  # characters: the final answer stands at the end, and the time to find it stays bounded
 GLYPHS = str.maketrans({"\u2212": "-", "\u2019": "'", "\u00a0": " ", "\u202f": " ", "\u2044": "/"})
 
 
@@ -93,10 +93,7 @@ def same_answer(response: str, reference: str, maths: bool = False) -> bool | No
 def same_answers(pairs: Sequence[tuple[str, str | None]], maths: bool = False) -> list[bool | None]:
     """For each (response, answer): does the response reach it? With `maths`, `math-verify` may say yes too."""
     found = [(extract(response, like=answer), answer) for response, answer in pairs]
-    same: list[bool | None] = [
-        a is not None and b is not None and (equivalent(a, b) or equivalent(response, b))
-        for (a, b), (response, _) in zip(found, pairs, strict=True)
-    ]
+    same: list[bool | None] = [bool(a and b) and equivalent(str(a), str(b)) for a, b in found]
     if maths:
         left = {i: (a, b) for i, (a, b) in enumerate(found) if not same[i] and a and b and _LATEX.search(f"{a} {b}")}
         for i, equal in zip(left, maths_equal(list(left.values())), strict=True):
@@ -112,7 +109,8 @@ def equivalent(a: str, b: str) -> bool:
         told = normal(first[1]), normal(second[1])
         return first[0] == second[0] and (told[0] == told[1] or not all(told))
     a, b = first[1] if first else a, second[1] if second else b
-    return (bool(normal(a)) and normal(a) == normal(b)) or _same_number(a, b)
+    same = normal(a)
+    return bool(same and same == normal(b)) or _same_number(a, b)
 
 
 def option(text: str) -> tuple[str, str] | None:

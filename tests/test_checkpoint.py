@@ -1,0 +1,82 @@
+"""What is saved stays good, whatever happens while the next checkpoint is written or read."""
+
+import json
+import resource
+
+import pytest
+import torch
+from conftest import omni
+
+from xmodal_opd import checkpoint, config, train
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    model, processor = omni(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(tmp_path, model, processor, optimizer.state_dict(), {"step": 1, "position": 3}, keep=2)
+    return tmp_path, model, processor, optimizer
+
+
+def test_a_checkpoint_comes_back_whole(saved, tokenizer):
+    run, model, _, _ = saved
+    other, _ = omni(tokenizer)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    _, state = checkpoint.load(checkpoint.latest(run), other)
+    assert state == {"step": 1, "position": 3}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(saved):
+    run, model, processor, optimizer = saved
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # no file above 1 MB, as on a disk that is nearly full
+    try:
+        with pytest.raises(OSError, match=r"step 2 could not be written.*the last good one is .*step-000001; make room"):
+            checkpoint.save(run, model, processor, optimizer.state_dict(), {"step": 2}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest(run).name == "step-000001"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-000001"]
+    checkpoint.save(run, model, processor, optimizer.state_dict(), {"step": 2}, keep=1)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-000002"]
+
+
+def test_what_a_killed_writer_left_behind_is_not_taken_for_a_checkpoint(saved):
+    run, model, processor, optimizer = saved
+    (run / "checkpoints" / "step-000002.writing").mkdir()
+    assert checkpoint.latest(run).name == "step-000001"
+    checkpoint.save(run, model, processor, optimizer.state_dict(), {"step": 2}, keep=2)
+    assert checkpoint.latest(run).name == "step-000002"
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, tokenizer):
+    run, *_ = saved
+    folder = checkpoint.latest(run)
+    state = json.loads((folder / "trainer.json").read_text())
+    state["shapes"]["lm_head.weight"] = [7, 7]
+    (folder / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"checkpoint of another model: .* is \[7, 7\] there"):
+        checkpoint.load(folder, omni(tokenizer)[0])
+    with pytest.raises(ValueError, match="is not a checkpoint: it has no trainer.json"):
+        checkpoint.load(run, omni(tokenizer)[0])
+
+
+def test_a_run_folder_is_not_written_over_and_resuming_nothing_says_so(world, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
+        train.run_folder(config.load(world["recipe"], [f"run_dir={tmp_path}"]), resume=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"nothing to resume: no checkpoint in runs/tiny-\*"):
+        train.run_folder(config.load(world["recipe"]), resume=True)
+
+
+def test_three_steps_in_a_row_without_a_finite_gradient_stop_the_run():
+    state, bad = {"skipped": 0}, {"skipped": 1.0, "loss/tokens": float("nan"), "loss/judge": 0.0}
+    for expected in (1, 2):
+        state["skipped"] = train.skipped_in_a_row(bad, state, 0)
+        assert state["skipped"] == expected
+    assert train.skipped_in_a_row({"skipped": 0.0}, state, 0) == 0
+    with pytest.raises(RuntimeError, match=r"3 steps in a row, up to step 10.*not finite: loss/tokens\)"):
+        train.skipped_in_a_row(bad, state, 9)

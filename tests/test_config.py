@@ -1,0 +1,77 @@
+"""Recipes: merging, overrides, and what a typing mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from xmodal_opd import config
+from xmodal_opd.build import build_term
+from xmodal_opd.cli import main
+
+CORD = str(Path(__file__).parents[1] / "configs" / "cord_audio.yaml")
+
+
+def load(*overrides):
+    return config.load(CORD, overrides)
+
+
+def test_later_wins_includes_then_file_then_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 1, prompts: 2}\nname: a\n")
+    (tmp_path / "b.yaml").write_text("train: {steps: 3}\n")
+    (tmp_path / "c.yaml").write_text("include: [a.yaml, b.yaml]\nname: c\n")
+    assert config.read(tmp_path / "c.yaml") == {"train": {"steps": 3, "prompts": 2}, "name": "c"}
+    recipe = load("train.steps=7", "optim.lr=1e-4", "objective.sequences=null", "judge=null", "rollout.samplings.sequences=null")
+    assert (recipe.train.steps, recipe.optim.lr, list(recipe.objective)) == (7, 1e-4, ["tokens"])
+    assert list(recipe.rollout.samplings) == ["tokens"]
+
+
+def test_a_recipe_is_found_by_its_name_alone():
+    assert config.load("cord_audio").name == "cord_audio"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=3", r"unknown key 'train.step' \(did you mean 'steps'\?\); keys here: prompts, seed, steps, threads"),
+        ("objective.tokens.weigths=[]", r"unknown key 'objective.tokens.weigths' \(did you mean 'weights'\?\)"),
+        ("objective.tokens.sampling=tokns", r"did you mean 'tokens'.*rollout.samplings has: tokens, sequences"),
+        ("optim.lr=fast", "'optim.lr' is 'fast'"),
+        ("judge=null", "uses the advantage 'reward', but the recipe has no judge"),
+        ("train.steps", "cannot read 'train.steps' as an override"),
+        ("engine.name=deepsped", "'engine.name' is 'deepsped'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(override, message):
+    with pytest.raises(ValueError, match=message):
+        load(override)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe 'cord_audo'.*did you mean 'cord_audio'"):
+        config.load("cord_audo")
+    for text, message in (("a: [", "is not YAML"), ("- a", "not a mapping"), ("include: [x.yaml]", "no file")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.load(str(tmp_path / "bad.yaml"))
+    (tmp_path / "loop.yaml").write_text("include: [loop.yaml]")
+    with pytest.raises(ValueError, match="includes itself"):
+        config.load(str(tmp_path / "loop.yaml"))
+
+
+def test_unknown_pieces_name_the_term_and_what_exists():
+    term = load("objective.tokens.divergence=revers_kl").objective["tokens"]
+    with pytest.raises(ValueError, match=r"objective.tokens: unknown divergence 'revers_kl'; did you mean 'reverse_kl'"):
+        build_term("tokens", term)
+
+
+@pytest.mark.parametrize("arguments", [["train", "nowhere"], ["show", CORD, "x.y=1"], ["report", "nowhere"]])
+def test_the_command_ends_with_a_sentence_and_a_code(arguments, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("xmodal-opd: ") and "\n" not in error and "Traceback" not in error
+
+
+def test_show_prints_what_load_reads(capsys, tmp_path):
+    assert main(["show", CORD, "train.steps=2"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert config.load(str(tmp_path / "shown.yaml")) == load("train.steps=2")

@@ -1,0 +1,142 @@
+"""Whole runs on a random tiny model and real spoken shards."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+
+from xmodal_opd import config, step, train
+from xmodal_opd.build import build, open_shards
+from xmodal_opd.checkpoint import latest
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def run(world, tmp_path, *overrides, **options):
+    recipe = config.load(world["recipe"], [f"run_dir={tmp_path / 'run'}", *overrides])
+    return train.train(recipe, **options), tmp_path / "run"
+
+
+def command(world, folder, *more):
+    arguments = [sys.executable, "-m", "xmodal_opd.cli", "train", world["recipe"], f"run_dir={folder}", *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def weights(folder: Path):
+    return load_file(latest(folder) / "model.safetensors") | {
+        f"optimizer {i} {k}": v
+        for i, state in torch.load(latest(folder) / "optimizer.pt", weights_only=True)["state"].items()
+        for k, v in state.items()
+    }
+
+
+def test_a_run_leaves_everything_a_user_looks_for(world, tmp_path):
+    summary, folder = run(world, tmp_path)
+    names = ("text_accuracy", "student_accuracy", "gap")
+    wanted = {f"{name}_{when}{ci}" for name in names for when in ("before", "after") for ci in ("", "_ci")}
+    assert wanted | {"gap_closed", "seconds", "run_dir"} <= summary.keys()
+    assert json.loads((folder / "summary.json").read_text())["method"] == "tiny"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "distill/tokens", "reward", "student_accuracy", "grad_norm"} <= lines[0].keys()
+    assert "eval/text_accuracy" in lines[1] and lines[0]["distill/tokens"] > 0
+    assert config.load(str(folder / "recipe.yaml")).name == "tiny"
+    assert json.loads((folder / "provenance.json").read_text())["packages"]["torch"]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG" and list(folder.glob("events.out.tfevents*"))
+    records = [json.loads(line) for line in (folder / "eval" / "after.jsonl").read_text().splitlines()]
+    assert len(records) == 6 and {"student", "text", "answer", "token_kl"} <= records[0].keys()
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    saved = latest(folder)
+    again = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(saved)
+    assert AutoProcessor.from_pretrained(saved).tokenizer.eos_token == "<|im_end|>"
+    before = load_file(world["folder"] / "model" / "model.safetensors")
+    moved = {n for n, p in again.state_dict().items() if n in before and not torch.equal(p, before[n])}
+    assert moved and all(name.startswith("audio_tower") for name in moved)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(world, tmp_path, seed):
+    whole = command(world, tmp_path / "whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed, rng = tmp_path / "killed", random.Random(seed)
+    started = time.monotonic()
+    while latest(killed) is None or latest(killed).name < "step-000004":
+        assert time.monotonic() - started < 240
+        process = command(world, killed, "--resume")
+        moment = time.monotonic() + rng.uniform(4, 9)
+        while process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    last = command(world, killed, "--resume")
+    assert last.wait() == 0, last.stdout.read()
+    ours, expected = weights(killed), weights(tmp_path / "whole")
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    same = [(f / "eval" / "after.jsonl").read_text() for f in (killed, tmp_path / "whole")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_after_its_step_and_says_how_to_go_on(world, tmp_path, number, code):
+    process = command(world, tmp_path / "run", "train.steps=5000", "checkpoint.every=100000", "eval.every=0")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait() == code
+    assert "--resume" in process.stdout.read()
+    done = metrics.read_text().count("\n")
+    assert latest(tmp_path / "run").name == f"step-{done:06d}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.tokens.teacher.model=initial"],
+        ["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5"],
+        ["objective.tokens.sampling=sequences", "rollout.samplings.tokens=null"],
+        ["objective.anchor={sampling: tokens, view: teacher, teacher: {model: initial}, divergence: forward_kl}"],
+        ["objective.tokens.divergence=k2", "objective.tokens.weights=[]"],
+        ["engine.share_prefix=false"],
+        ["model.train=[all]", "scoring.teacher={divergence: true}", "scoring.student={view: student}",
+         "objective.tokens.weights=[tip]"],
+    ],
+    ids=["initial", "ema", "shared rollouts", "text anchor", "sampled", "repeated prompts", "tip"],
+)  # fmt: skip
+def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path, overrides):
+    summary, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
+
+
+def test_however_a_step_is_cut_the_gradient_is_the_same(world):
+    gradients = []
+    for budget in (10**6, 200, 1):
+        parts = build(config.load(world["recipe"], [f"engine.micro_tokens={budget}", "optim.clip=1e9"]))
+        pairs = [pair for _, (_, pair) in zip(range(3), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)]
+        kept = {}
+        parts.engine.step = lambda _number, parts=parts, kept=kept: kept.update(
+            {n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}
+        ) or {}
+        step.train_step(parts, pairs, 0)
+        gradients.append(kept)
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, slope in gradients[0].items():
+            torch.testing.assert_close(other[name], slope, atol=1e-5, rtol=1e-3)
