@@ -29,7 +29,10 @@ def test_a_sample_becomes_views_the_model_can_read(family):
     pair = adapter.pair(sample({"q.flac": encode(tone(1.5), 8000)}))
     assert len(pair.views["student"]["audio"][0]) == 24000 and pair.answer == "four"
     batch = adapter.batch([pair.views["student"], pair.views["teacher"]])
-    assert batch["attention_mask"][:, -1].all() and (batch["input_ids"][0] == processor.tokenizer.audio_token_id).sum() > 10
+    assert (
+        batch["attention_mask"][:, -1].all()
+        and (batch["input_ids"][0] == processor.tokenizer.audio_token_id).sum() > 10
+    )
     assert torch.isfinite(model(**batch).logits).all()
 
 
@@ -40,7 +43,11 @@ def test_a_sample_becomes_views_the_model_can_read(family):
         ({"q.flac": b"junk"}, None, "'k7', audio 'q.flac': "),
         ({"q.flac": encode(np.zeros(8000, np.float32), 8000)}, None, "'k7', audio 'q.flac': .*silent"),
         ({"q.flac": encode(tone(10.5), 8000)}, None, "'k7', audio 'q.flac': 10.5 s is over the model's 10.0 s"),
-        ({}, {"type": "text", "text": "two plus " * 400}, "'k7', view 'student', has a prompt of .* the model reads 512"),
+        (
+            {},
+            {"type": "text", "text": "two plus " * 400},
+            "'k7', view 'student', has a prompt of .* the model reads 512",
+        ),
     ],
     ids=["missing", "broken", "silent", "too long", "too many tokens"],
 )
@@ -53,7 +60,7 @@ def test_samples_that_cannot_be_used_are_refused_by_name(tokenizer, media, part,
 
 
 def test_padding_is_on_the_left_and_changes_no_prompt(family):
-    name, model, _, adapter = family
+    name, _, _, adapter = family
     views = [p.views["student"] for p in make_pairs(adapter, 3, audio=name != "qwen2")]
     together = adapter.batch(views)
     for row, view in enumerate(views):

@@ -33,7 +33,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(saved):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # no file above 1 MB, as on a disk that is nearly full
     try:
-        with pytest.raises(OSError, match=r"step 2 could not be written.*the last good one is .*step-000001; make room"):
+        with pytest.raises(
+            OSError, match=r"step 2 could not be written.*the last good one is .*step-000001; make room"
+        ):
             checkpoint.save(run, model, processor, optimizer.state_dict(), {"step": 2}, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -59,7 +61,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tokenizer):
     (folder / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"checkpoint of another model: .* is \[7, 7\] there"):
         checkpoint.load(folder, omni(tokenizer)[0])
-    with pytest.raises(ValueError, match="is not a checkpoint: it has no trainer.json"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no trainer\.json"):
         checkpoint.load(run, omni(tokenizer)[0])
 
 

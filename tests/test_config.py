@@ -20,7 +20,9 @@ def test_later_wins_includes_then_file_then_command_line(tmp_path):
     (tmp_path / "b.yaml").write_text("train: {steps: 3}\n")
     (tmp_path / "c.yaml").write_text("include: [a.yaml, b.yaml]\nname: c\n")
     assert config.read(tmp_path / "c.yaml") == {"train": {"steps": 3, "prompts": 2}, "name": "c"}
-    recipe = load("train.steps=7", "optim.lr=1e-4", "objective.sequences=null", "judge=null", "rollout.samplings.sequences=null")
+    recipe = load(
+        "train.steps=7", "optim.lr=1e-4", "objective.sequences=null", "judge=null", "rollout.samplings.sequences=null"
+    )
     assert (recipe.train.steps, recipe.optim.lr, list(recipe.objective)) == (7, 1e-4, ["tokens"])
     assert list(recipe.rollout.samplings) == ["tokens"]
 
@@ -32,7 +34,10 @@ def test_a_recipe_is_found_by_its_name_alone():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.step=3", r"unknown key 'train.step' \(did you mean 'steps'\?\); keys here: prompts, seed, steps, threads"),
+        (
+            "train.step=3",
+            r"unknown key 'train.step' \(did you mean 'steps'\?\); keys here: prompts, seed, steps, threads",
+        ),
         ("objective.tokens.weigths=[]", r"unknown key 'objective.tokens.weigths' \(did you mean 'weights'\?\)"),
         ("objective.tokens.sampling=tokns", r"did you mean 'tokens'.*rollout.samplings has: tokens, sequences"),
         ("optim.lr=fast", "'optim.lr' is 'fast'"),
@@ -60,7 +65,9 @@ def test_files_that_are_no_recipes(tmp_path):
 
 def test_unknown_pieces_name_the_term_and_what_exists():
     term = load("objective.tokens.divergence=revers_kl").objective["tokens"]
-    with pytest.raises(ValueError, match=r"objective.tokens: unknown divergence 'revers_kl'; did you mean 'reverse_kl'"):
+    with pytest.raises(
+        ValueError, match=r"objective.tokens: unknown divergence 'revers_kl'; did you mean 'reverse_kl'"
+    ):
         build_term("tokens", term)
 
 

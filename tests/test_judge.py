@@ -376,7 +376,7 @@ def truth(seen: Seen, handler: Any, body: dict) -> None:
 
 
 def ask_llm(seen: Seen, texts: list[str], **options: Any) -> tuple[list[float | None], dict[str, int]]:
-    settings = {"model": "m", "url": seen.url, "timeout": 5.0, "retries": 1} | options
+    settings = {"model": "m", "url": seen.url, "timeout": 30.0, "retries": 1} | options
     return judge(build_judge({"llm": settings}), [rollout(t) for t in texts], ["seven"] * len(texts))
 
 
@@ -458,8 +458,8 @@ def half(seen: Seen, handler: Any, body: dict) -> None:
 def test_a_broken_endpoint_leaves_the_response_undecided_with_the_reason(behave: Any, reason: str, attempts: int):
     began = time.monotonic()
     with server(behave) as seen:
-        assert ask_llm(seen, ["right"], timeout=0.4) == ([None], {reason: 1})
-    assert len(seen.bodies) == attempts and time.monotonic() - began < 5
+        assert ask_llm(seen, ["right"], timeout=1.0 if reason == "timed out" else 30.0) == ([None], {reason: 1})
+    assert len(seen.bodies) == attempts and time.monotonic() - began < 25
 
 
 def test_a_failure_is_not_remembered():
@@ -487,7 +487,7 @@ def test_a_dead_endpoint_is_given_up_for_the_step():
     with server(hang) as seen:
         rewards, failures = ask_llm(seen, [f"r{i}" for i in range(50)], timeout=0.3, retries=1, concurrency=2)
     assert rewards == [None] * 50 and failures["endpoint is down"] >= 45 and sum(failures.values()) == 50
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 12  # 15 s when each is waited for
 
 
 def test_nobody_listening_is_a_reason_not_a_crash():

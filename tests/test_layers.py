@@ -91,7 +91,9 @@ def test_about_half_the_functions_are_ten_lines_or_fewer_and_none_is_long():
 
 
 def test_help_comes_without_heavy_imports():
-    code = "import sys, xmodal_opd.cli as c; c.parser(); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, xmodal_opd.cli as c; c.parser(); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -1,13 +1,16 @@
 """Sharing a prompt among its answers must change nothing: not the values, not any gradient, media included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_pairs
+from transformers import DynamicCache
 
 from xmodal_opd import models
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, student_logp
-from xmodal_opd.selftest import self_test
+from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
 
 
@@ -47,11 +50,25 @@ def test_shared_prompt_equals_repeated_prompt_in_values_and_gradients(family, ro
 
 def test_self_test_passes_and_catches_a_misaligned_sampler(family, rollouts):
     _, model, _, adapter = family
-    found = self_test(model, Responses(adapter), rollouts)
-    assert found["selftest/prefix_kl"] < 1e-4
-    shifted = [type(r)(r.pair, r.tokens, [v - 1 for v in r.logps], r.text, r.finished, r.group) for r in rollouts]
+    assert check_sampler(model, Responses(adapter), rollouts) < 1e-2
+    assert check_sharing(model, Responses(adapter), rollouts) < 1e-4
+    shifted = [replace(r, logps=[v - 1 for v in r.logps]) for r in rollouts]
     with pytest.raises(RuntimeError, match="sampler and training forward disagree"):
-        self_test(model, Responses(adapter), shifted)
+        check_sampler(model, Responses(adapter), shifted)
+
+
+def test_a_cache_that_loses_the_gradient_is_noticed(family, rollouts, monkeypatch):
+    _, model, _, adapter = family
+    select = DynamicCache.batch_select_indices
+
+    def cut_off(cache, indices):
+        select(cache, indices)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", cut_off)
+    with pytest.raises(CannotShare, match="of the gradient"):
+        check_sharing(model, Responses(adapter), rollouts)
 
 
 def test_only_named_parts_train_and_copies_share_the_rest(tokenizer):
@@ -69,5 +86,5 @@ def test_only_named_parts_train_and_copies_share_the_rest(tokenizer):
         model.audio_tower.proj.weight.add_(1.0)
     models.update_ema(copy, model, 0.25)
     torch.testing.assert_close(copy.audio_tower.proj.weight, model.audio_tower.proj.weight - 0.75)
-    with pytest.raises(ValueError, match="nothing to train: no parameter matches .'audoi'.*audio_tower"):
+    with pytest.raises(ValueError, match=r"nothing to train: no parameter matches .'audoi'.*audio_tower"):
         models.set_trainable(model, ["audoi"])

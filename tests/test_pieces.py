@@ -13,7 +13,7 @@ from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
 from xmodal_opd.objective.reductions import REDUCTIONS
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.surrogates import SURROGATES
-from xmodal_opd.objective.weights import ROW_WEIGHTS, WEIGHTS
+from xmodal_opd.objective.weights import ROW_WEIGHTS, WEIGHTS, tip_axes
 from xmodal_opd.types import Scores, TokenBatch
 
 B, T, V = 4, 6, 9
@@ -172,6 +172,16 @@ def test_weight_of_a_step_without_tokens(name, batch):
     assert torch.isfinite(WEIGHTS[name](nothing)).all()
 
 
+def test_tip_does_not_let_a_few_wild_entropies_flatten_the_rest():
+    """The scale of uncertainty ends at the 98th percentile: 0.98 here, though one token has an entropy of 50."""
+    h = torch.linspace(0, 1, 101)[None].clone()
+    h[0, -1] = 50
+    batch = TokenBatch(torch.ones(1, 101, dtype=torch.bool), torch.zeros(1, dtype=torch.long), torch.zeros(1, 101))
+    batch.scores.update(student_entropy=h, teacher_divergence=h)
+    scaled, _ = tip_axes(batch, "teacher")
+    assert scaled[0, [0, 49, 98, 100]].tolist() == pytest.approx([0, 0.5, 1, 1], abs=1e-5)
+
+
 def test_tip_keeps_the_same_share_of_every_response(batch):
     kept = (WEIGHTS["tip"](batch, keep=0.5) > 0).sum(1)
     assert kept.tolist() == [n // 2 for n in LENGTHS]
@@ -210,9 +220,18 @@ def test_group_statistics_count_responses_not_tokens(name, batch):
     torch.testing.assert_close(ADVANTAGES[name](batch, adv)[:, 0], ADVANTAGES[name](lengthened, adv)[:, 0])
 
 
-def test_equal_rewards_give_exactly_no_advantage_whatever_the_lengths(batch):
-    adv = torch.full((B, T), 0.1)
-    assert ADVANTAGES["group_normalize"](batch, adv).abs().max() == 0
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+def test_equal_rewards_give_exactly_no_advantage_whatever_the_lengths(reward):
+    mask = torch.arange(60)[None] < torch.arange(1, 61)[:, None]
+    batch = TokenBatch(mask, torch.zeros(60, dtype=torch.long), torch.zeros(60, 60))
+    assert ADVANTAGES["group_normalize"](batch, torch.full((60, 60), reward)).abs().max() == 0
+
+
+def test_a_response_without_tokens_does_not_count_in_its_group(batch):
+    cleared = replace(batch, mask=batch.mask & torch.tensor([True, False, True, True])[:, None])
+    adv = ADVANTAGES["reward"](batch, torch.zeros(B, T, dtype=torch.float64))
+    assert ADVANTAGES["group_center"](cleared, adv)[2, 0] == 0  # alone now: the other answer to its prompt is gone
+    assert ADVANTAGES["group_center"](batch, adv)[2, 0] == -0.125
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():
@@ -320,6 +339,18 @@ def test_row_weights_see_the_divergence_as_a_constant(batch):
     stale = replace(batch, scores=Scores())
     (slope,) = torch.autograd.grad(term.loss(stale, term.judge(stale), d), d)
     torch.testing.assert_close(slope, torch.where(batch.mask, WEIGHTS["top_kl"](batch, k=1, alpha=3.0) / B, 0))
+
+
+def test_any_weight_is_a_constant_and_its_padding_is_ignored(batch):
+    d = batch.scores["divergence"].clone().requires_grad_()
+    garbage = torch.where(batch.mask, 1.0, nan)
+    term = replace(
+        Term.build(divergence="reverse_kl", reduction="sequence"),
+        step_weights=(lambda b: garbage,),
+        row_weights=(lambda b: b.scores["divergence"],),
+    )
+    (slope,) = torch.autograd.grad(term.loss(batch, term.judge(batch), d), d)
+    torch.testing.assert_close(slope, torch.where(batch.mask, d.detach() / B, 0))
 
 
 @pytest.mark.parametrize(

@@ -44,5 +44,11 @@ def test_recipe_resolves_and_says_what_it_is(path):
 
 def test_cord_is_the_papers():
     tree = config.read(ROOT / "configs" / "methods" / "cord.yaml")
-    assert tree["objective"]["tokens"]["weights"] == [{"top_kl": {"k": 20, "alpha": 2.0}}, {"position_linear": {"beta": 2.0}}]
-    assert tree["rollout"]["samplings"] == {"tokens": {"n": 1, "temperature": 1.0}, "sequences": {"n": 4, "temperature": 1.5}}
+    assert tree["objective"]["tokens"]["weights"] == [
+        {"top_kl": {"k": 20, "alpha": 2.0}},
+        {"position_linear": {"beta": 2.0}},
+    ]
+    assert tree["rollout"]["samplings"] == {
+        "tokens": {"n": 1, "temperature": 1.0},
+        "sequences": {"n": 4, "temperature": 1.5},
+    }

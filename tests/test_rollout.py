@@ -5,6 +5,7 @@ import torch
 from conftest import make_pairs
 from transformers import GenerationConfig
 
+from xmodal_opd.models import media_tokens
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.tokens import cut, token_batch
@@ -21,6 +22,7 @@ def test_greedy_decoding_equals_generate_token_by_token(setup):
     model, adapter, pairs, sampler = setup
     prompts = adapter.batch([p.views["student"] for p in pairs])
     greedy = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=sampler.eos)
+    greedy.suppress_tokens = media_tokens(model) or None
     expected = model.generate(**prompts, generation_config=greedy)[:, prompts["input_ids"].shape[1] :].tolist()
     ours = sampler.generate(pairs, {"a": Sampling(temperature=0.0)}, seed=0)["a"]
     for rollout, row in zip(ours, expected, strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
 
 from modalities.audio.media import encode, read
 from modalities.audio.prepare import prepare
@@ -82,7 +82,7 @@ def test_plain_webdataset_reads_the_shards(tasks):
     urls = [str(path) for path in sorted(tasks.glob("*.tar"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
-        found = list(webdataset.WebDataset(urls, shardshuffle=False))
+        found = list(WebDataset(urls, shardshuffle=False))
     assert len(urls) == 5 and len(found) == 130 and len({sample["__key__"] for sample in found}) == 130
     assert [sample["__key__"] for sample in found] == [f"{n:08d}" for n in range(130)]
     record = json.loads(found[0]["json"])
@@ -359,11 +359,11 @@ def test_a_missing_file_of_records_is_named(tmp_path):
 # ---- the program
 
 
-def test_help_comes_at_once_and_names_the_commands():
-    began = time.monotonic()
-    shown = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True)
-    assert time.monotonic() - began < 1 and shown.returncode == 0
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    shown = subprocess.run([sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True)
     assert all(name in shown.stdout for name in ("tasks", "text", "audio", "reshard", "inspect", "data/train"))
+    assert "argparse" in shown.stderr
+    assert not [name for name in ("torch", "numpy", "webdataset") if name in shown.stderr]
 
 
 def test_shards_are_filtered_merged_and_cut_anew(run, tasks, tmp_path):

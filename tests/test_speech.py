@@ -12,7 +12,16 @@ import soundfile
 
 from modalities.audio import speech
 from modalities.audio.media import decode, encode, read, resample
-from modalities.audio.speech import Voice, add_noise, change_speed, command_speech, random_voice, reverberate, speak
+from modalities.audio.speech import (
+    Voice,
+    add_noise,
+    change_speed,
+    command_speech,
+    random_voice,
+    reverberate,
+    speak,
+    trim,
+)
 from xmodal_opd.types import SampleError
 
 RATE = 16_000
@@ -73,6 +82,10 @@ def test_little_silence_is_left_at_the_ends():
     wave, rate = speak("table")
     loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max())
     assert loud[0] <= 0.05 * rate and len(wave) - 1 - loud[-1] <= 0.05 * rate
+    pause = np.zeros(2 * RATE, np.float32)
+    padded = np.concatenate([pause, tone(), pause, tone(), pause])
+    assert len(trim(padded, RATE)) == pytest.approx(2 * 8000 + 2 * RATE + 2 * 800, abs=4)  # the pause inside stays
+    assert len(trim(pause, RATE)) == len(pause)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +153,8 @@ def test_a_command_gets_the_text_as_one_argument_or_on_standard_input():
 
 
 def test_a_text_that_looks_like_an_option_is_not_one():
-    wave, _ = command_speech(python(WRITE.format(text="sys.argv[2].strip()")) + " {out} {text}", "--help")
+    parse = "import argparse;p=argparse.ArgumentParser();[p.add_argument(n) for n in 'ot'];t=p.parse_args().t.strip();"
+    wave, _ = command_speech(python(parse + WRITE.format(text="t")) + " {out} {text}", "--help")
     assert len(wave) == 800 * len("--help")
 
 

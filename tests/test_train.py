@@ -120,7 +120,7 @@ def test_a_stopped_run_saves_after_its_step_and_says_how_to_go_on(world, tmp_pat
     ids=["initial", "ema", "shared rollouts", "text anchor", "sampled", "repeated prompts", "tip"],
 )  # fmt: skip
 def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path, overrides):
-    summary, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
+    _, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
 
@@ -129,11 +129,13 @@ def test_however_a_step_is_cut_the_gradient_is_the_same(world):
     gradients = []
     for budget in (10**6, 200, 1):
         parts = build(config.load(world["recipe"], [f"engine.micro_tokens={budget}", "optim.clip=1e9"]))
-        pairs = [pair for _, (_, pair) in zip(range(3), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)]
+        pairs = [
+            pair for _, (_, pair) in zip(range(3), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)
+        ]
         kept = {}
-        parts.engine.step = lambda _number, parts=parts, kept=kept: kept.update(
-            {n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}
-        ) or {}
+        parts.engine.step = lambda _number, parts=parts, kept=kept: (
+            kept.update({n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}) or {}
+        )
         step.train_step(parts, pairs, 0)
         gradients.append(kept)
     for other in gradients[1:]:

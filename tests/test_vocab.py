@@ -161,7 +161,9 @@ def test_autocast_does_not_lower_the_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = vocab.divergence(reverse_kl, hs.bfloat16().float(), ws, ht, wt)
         again = vocab.divergence(reverse_kl, hs, ws, ht, wt)
-    assert value.dtype == torch.float32 and torch.equal(again, wanted)
+        with torch.no_grad():
+            without = vocab.divergence(reverse_kl, hs, ws, ht, wt)
+    assert value.dtype == torch.float32 and torch.equal(again, wanted) and torch.equal(without, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -199,13 +201,14 @@ def test_default_chunk_follows_the_vocabulary():
     assert vocab.fitting(torch.empty(1000, 1)) > 3000
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most elements any operation returned."""
+class Watch(TorchDispatchMode):
+    """Notes the most elements any operation returned, and how many matrix products there were."""
 
-    elements = 0
+    elements, products = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket is torch.ops.aten.mm
         for x in out if isinstance(out, list | tuple) else [out]:
             self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
         return out
@@ -217,8 +220,18 @@ def test_no_tensor_is_larger_than_two_chunks_of_logits(fn, trained):
     hs, ws, ht, _ = inputs(200)
     hs.requires_grad_()
     ws.requires_grad_(trained)
-    with Largest() as seen:
+    with Watch() as seen:
         vocab.divergence(fn, hs, ws, ht, ws, chunk=16).sum().backward()
         vocab.token_logp(hs, ws, torch.zeros(200, dtype=torch.long), chunk=16).sum().backward()
         vocab.statistics(hs, ws, torch.zeros(200, dtype=torch.long), chunk=16)
     assert 200 * H <= seen.elements <= 2 * 16 * V
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("shared, products", [(True, 2), (False, 3)])
+def test_one_head_for_both_sides_is_multiplied_once(name, shared, products):
+    """Per chunk of tokens: the logits, of both sides together where the head is one, and the gradient back."""
+    hs, ws, ht, wt = inputs()
+    with Watch() as seen:
+        vocab.divergence(DIVERGENCES[name], hs.requires_grad_(), ws, ht, ws.detach() if shared else wt, chunk=5)
+    assert seen.products == 3 * products

@@ -35,7 +35,9 @@ def measure(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
         figures[name] = {kind: statistics.median(t[kind] for t in times) for kind in times[0]}
     apart = (gradients["shared"] - gradients["repeated"]).norm() / gradients["repeated"].norm()
     figures["shared"]["gradient difference"] = float(apart)
-    figures["shared"]["times faster"] = figures["repeated"]["loss and gradient"] / figures["shared"]["loss and gradient"]
+    figures["shared"]["times faster"] = (
+        figures["repeated"]["loss and gradient"] / figures["shared"]["loss and gradient"]
+    )
     return figures
 
 

@@ -4,7 +4,7 @@ as text and poorly as speech, because it saw few spoken ones. That difference is
 
     python tools/build_tiny.py xmodal_opd/assets/tiny --seed 0
 
-Three stages, one seed: questions as text; transcription of speech; a few spoken questions with their answers. Each
+Stages, from one seed: questions as text; hearing, by CTC; a few spoken questions with their answers. Each
 stage is a pure function of the one before and the seed, and is kept in --work, so that a stopped build goes on.
 """
 
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ACCENTS = ("en-us",)
 EXTRA = 300  # spare tokens for later skills, such as 256 action bins; not trained here
@@ -58,7 +59,7 @@ def make_tokenizer(texts):
     learned = json.loads(raw.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=[tuple(pair) for pair in learned["merges"]],  # pyright: ignore[reportArgumentType]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
@@ -69,20 +70,16 @@ def make_tokenizer(texts):
     return tokenizer
 
 
-def make_processor(tokenizer):
+def make_processor(tokenizer) -> Any:
     """80 mels every 20 ms, at most 10 s of speech; images of 56 to 224 pixels a side."""
-    from transformers import (
-        Qwen2_5OmniProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        WhisperFeatureExtractor,
-    )
+    import transformers
 
+    library: Any = transformers  # its lazy names and keyword configs are beyond a type checker
     size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
-    return Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
-        video_processor=Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2),
-        feature_extractor=WhisperFeatureExtractor(
+    return library.Qwen2_5OmniProcessor(
+        image_processor=library.Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
+        video_processor=library.Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2),
+        feature_extractor=library.WhisperFeatureExtractor(
             feature_size=80, hop_length=320, chunk_length=10, n_fft=512, return_attention_mask=True
         ),
         tokenizer=tokenizer,
@@ -90,14 +87,15 @@ def make_processor(tokenizer):
     )
 
 
-def make_model(tokenizer, seed: int):
+def make_model(tokenizer, seed: int) -> Any:
     """A thinker of about 4 million parameters with all its towers; only audio and language are trained here."""
     import torch
-    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+    import transformers
 
+    library: Any = transformers
     token = tokenizer.convert_tokens_to_ids
     width = 192
-    config = Qwen2_5OmniThinkerConfig(
+    config = library.Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": (len(tokenizer) + 63) // 64 * 64,
             "hidden_size": width,
@@ -138,7 +136,7 @@ def make_model(tokenizer, seed: int):
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model = library.Qwen2_5OmniThinkerForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -168,7 +166,7 @@ def cross_entropy(model, adapter, examples):
     return cross_entropy(model.get_output_embeddings()(hidden).transpose(1, 2), tokens, ignore_index=-100)
 
 
-def fit(model, adapter, make_batch: Callable[[], list], steps: int, rate: float, name: str) -> None:
+def fit(model, loss_of: Callable[[], Any], steps: int, rate: float, name: str) -> None:
     """AdamW with a short warm-up and a linear decay to a tenth."""
     import torch
     from rich.progress import track
@@ -177,7 +175,7 @@ def fit(model, adapter, make_batch: Callable[[], list], steps: int, rate: float,
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - 0.9 * s / steps))
     model.train()
     for step in track(range(steps), name):
-        loss = cross_entropy(model, adapter, make_batch())
+        loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,20 +235,40 @@ def learn_text(model, adapter, seed: int) -> None:
     from modalities.tasks import questions
 
     stream = questions(seed, "train")
-    fit(model, adapter, lambda: [example(adapter, next(stream)) for _ in range(64)], 600, 2e-3, "text")
+    some = lambda: [example(adapter, next(stream)) for _ in range(64)]  # noqa: E731
+    fit(model, lambda: cross_entropy(model, adapter, some()), 600, 2e-3, "text")
 
 
 def learn_to_hear(model, adapter, seed: int) -> None:
-    """Transcription, with text questions beside it so that those are not forgotten."""
-    from modalities.tasks import questions
+    """The encoder alone, by CTC onto the language model's own token embeddings: what it hears comes out as the tokens
+    of what was said, spread over time. The language model does not move."""
+    rng, heard = random.Random(seed), clips("train", seed + 1, 1500)
+    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 700, 2e-3, "hearing")
 
-    rng, stream, heard = random.Random(seed), questions(seed + 1, "train"), clips("train", seed + 1, 2000)
 
-    def batch() -> list:
-        some = [example(adapter, q, wave, repeat=True) for q, wave in rng.sample(heard, 24)]
-        return some + [example(adapter, next(stream)) for _ in range(8)]
+def hear_more(model, adapter, seed: int) -> None:
+    """The same on other clips."""
+    rng, heard = random.Random(seed), clips("train", seed + 3, 1500)
+    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 600, 1.5e-3, "hearing more")
 
-    fit(model, adapter, batch, 400, 1.5e-3, "hearing")
+
+def ctc(model, adapter, some: list):
+    """Mean CTC loss of what was said, per token; the padding token is the blank."""
+    import torch
+    from torch.nn.functional import ctc_loss
+
+    from xmodal_opd.tokens import pad
+
+    tokenizer = adapter.tokenizer
+    inputs = adapter.batch([example(adapter, question, wave, repeat=True)[0] for question, wave in some])
+    frames = (inputs["input_ids"] == tokenizer.audio_token_id).sum(1)
+    states = model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"]).last_hidden_state
+    states = torch.nn.utils.rnn.pad_sequence(states.split(frames.tolist()))
+    logp = (states @ model.get_input_embeddings().weight.detach().T).log_softmax(-1)
+    said = [tokenizer(question.prompt)["input_ids"] for question, _ in some]
+    lengths = torch.tensor([len(ids) for ids in said])
+    targets = pad(said, 0.0, torch.long)
+    return ctc_loss(logp, targets, frames, lengths, blank=tokenizer.pad_token_id, zero_infinity=True)
 
 
 def learn_to_answer(model, adapter, seed: int) -> None:
@@ -259,14 +277,14 @@ def learn_to_answer(model, adapter, seed: int) -> None:
 
     rng, stream, asked = random.Random(seed), questions(seed + 2, "train"), clips("train", seed + 2, 300)
 
-    def batch() -> list:
-        some = [example(adapter, q, wave) for q, wave in rng.sample(asked, 16)]
-        return some + [example(adapter, next(stream)) for _ in range(8)]
+    def loss():
+        some = [example(adapter, question, wave) for question, wave in rng.sample(asked, 16)]
+        return cross_entropy(model, adapter, some + [example(adapter, next(stream)) for _ in range(16)])
 
-    fit(model, adapter, batch, 80, 5e-4, "answering")
+    fit(model, loss, 120, 4e-4, "answering")
 
 
-STAGES = {"text": learn_text, "hearing": learn_to_hear, "answering": learn_to_answer}
+STAGES = {"text": learn_text, "hearing": learn_to_hear, "hearing_more": hear_more, "answering": learn_to_answer}
 
 
 def build(folder: Path, work: Path, seed: int) -> None:

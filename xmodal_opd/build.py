@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modalities.audio.adapter import AudioAdapter
@@ -53,8 +52,7 @@ def build(recipe: config.Recipe) -> Parts:
     """Live parts on the recipe's device. Raises ValueError in one sentence for what cannot be built."""
     terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
     schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
-    student = models.load_model(recipe.model.name, recipe.model.dtype, recipe.model.trust_remote_code)
-    student.to(device(recipe.engine.device)).eval()
+    student = load(recipe, recipe.model.name)
     models.set_trainable(student, recipe.model.train)
     processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
     adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
@@ -127,18 +125,22 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> list[int]:
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
-def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, nn.Module]:
+def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """The models the recipe's terms and scorers name, besides the student itself, without gradient."""
     sources = [t.teacher for t in recipe.objective.values() if t.divergence] + list(recipe.scoring.values())
     return {name: teacher(recipe, name, student) for name in sorted({s.model for s in sources} - {STUDENT})}
 
 
-def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> nn.Module:
+def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:
     """ "initial" and "ema" start as the student is now; any other name is a folder or hub name to load."""
     if name in ("initial", "ema"):
         return models.frozen_copy(student)
-    other = models.load_model(name, recipe.model.dtype, recipe.model.trust_remote_code)
-    return other.to(student.device).eval().requires_grad_(False)
+    return load(recipe, name).requires_grad_(False)
+
+
+def load(recipe: config.Recipe, name: str) -> PreTrainedModel:
+    model = recipe.model
+    return models.load_model(name, model.dtype, model.trust_remote_code, device(recipe.engine.device))
 
 
 def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:

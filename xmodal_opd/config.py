@@ -269,7 +269,7 @@ def check_references(path: str, recipe: Recipe) -> None:
         if term.sampling not in samplings:
             have = ", ".join(samplings) or "none"
             raise ValueError(
-                f"{path}: objective.{name}.sampling names the sampling {term.sampling!r}{hint(term.sampling, samplings)}; "
+                f"{path}: objective.{name}.sampling names {term.sampling!r}{hint(term.sampling, samplings)}; "
                 f"rollout.samplings has: {have}"
             )
     if not recipe.objective:

@@ -10,7 +10,7 @@ from xmodal_opd import config, evaluate
 from xmodal_opd.build import Parts, build, open_shards, prepare_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.step import train_step
-from xmodal_opd.train import check_alignment
+from xmodal_opd.train import aligned
 from xmodal_opd.types import Pair
 
 PROBE = 4  # questions
@@ -27,8 +27,8 @@ def check(recipe: config.Recipe) -> Iterator[str]:
     yield f"teachers   {', '.join(sorted(parts.models))}"
     pairs = probe(parts)
     yield f"data       {len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
-    check_alignment(parts, pairs)
-    yield "alignment  sampler, shared prompt and repeated prompt agree"
+    parts = aligned(parts, pairs)
+    yield f"alignment  sampler and training forward agree; prompts are {'shared' if parts.responses.share else 'repeated'}"
     for name, value in train_step(parts, pairs, 0).items():
         yield f"{name:30} {value:.5g}"
 

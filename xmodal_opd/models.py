@@ -27,8 +27,10 @@ def folder_of(name: str) -> str:
     return str(ASSETS / "tiny") if name == "default" else name
 
 
-def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of the class its config names, in training-ready state on the CPU.
+def load_model(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False, device: str = "cpu"
+) -> PreTrainedModel:
+    """A model of the class its config names, without dropout.
 
     Raises ValueError when the folder has no config or names a class transformers does not have.
     """
@@ -43,7 +45,8 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
             f"model {name!r} is a {architecture}, which transformers {transformers.__version__} does not have; "
             "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
         )
-    return cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
 
 
 def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def set_trainable(model: nn.Module, train: Sequence[str]) -> list[str]:
     return names
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it is now, without gradient. Parameters that do not train are shared, not copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, memo=shared).eval().requires_grad_(False)
@@ -91,9 +94,17 @@ def update_ema(average: nn.Module, model: nn.Module, rate: float) -> None:
             mean.lerp_(now.to(mean.dtype), rate)
 
 
+def projection(model: PreTrainedModel) -> nn.Linear:
+    """The last layer, from hidden states to the vocabulary. Raises ValueError for a model that writes no text."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no output projection: it is not a model that writes text")
+    return layer
+
+
 def head(model: PreTrainedModel) -> Tensor:
-    """The output projection [V, H]."""
-    return model.get_output_embeddings().weight
+    """The output projection's weight [V, H]."""
+    return projection(model).weight
 
 
 @torch.enable_grad()
@@ -179,14 +190,20 @@ def seen_positions(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 @contextmanager
 def without_head(model: PreTrainedModel) -> Iterator[None]:
     """Within, `.logits` are the hidden states before the output projection, which is neither run nor remembered."""
-    projection = model.get_output_embeddings()
-    parent, _, name = name_of(model, projection).rpartition(".")
+    layer = projection(model)
+    parent, _, name = name_of(model, layer).rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, name, nn.Identity())
     try:
         yield
     finally:
-        setattr(owner, name, projection)
+        setattr(owner, name, layer)
+
+
+def media_tokens(model: PreTrainedModel) -> list[int]:
+    """Ids that stand for media in a prompt. In an answer they would ask for media that are not there."""
+    names = ("audio_token_id", "image_token_id", "video_token_id")
+    return [token for name in names if isinstance(token := getattr(model.config, name, None), int)]
 
 
 def name_of(model: nn.Module, part: nn.Module) -> str:

@@ -93,8 +93,10 @@ def resampled_means(columns: NDArray[np.float64], seed: int) -> NDArray[np.float
     """[DRAWS, k]: column means [n, k] over questions drawn with replacement, rows kept together."""
     if not len(columns):
         raise ValueError("no questions to compute an interval from")
-    rng = np.random.default_rng(seed)
-    return np.stack([columns[rng.integers(0, len(columns), len(columns))].mean(0) for _ in range(DRAWS)])
+    rng, n = np.random.default_rng(seed), len(columns)
+    block = 1 + 200_000 // n  # draws at once: bounded memory for many questions, few loops for few
+    blocks = [min(block, DRAWS - start) for start in range(0, DRAWS, block)]
+    return np.concatenate([columns[rng.integers(0, n, (size, n))].mean(1) for size in blocks])
 
 
 def _columns(records: Sequence[Record]) -> NDArray[np.float64]:

@@ -103,7 +103,9 @@ def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dic
         for name, scorer in parts.recipe.scoring.items():
             model = parts.models[scorer.model]
             hidden = parts.responses.hidden(model, some, scorer.view)
-            values = dict(zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True))
+            values: dict[str, Tensor] = dict(
+                zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True)
+            )
             if scorer.divergence:
                 own = (parts.student, parts.responses.hidden(parts.student, some, "student"))
                 values["divergence"] = divergence(reverse_kl, own, (model, hidden), here, parts.vocab)

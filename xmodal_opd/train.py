@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from xmodal_opd.build import Parts, build, open_shards
 from xmodal_opd.metrics import Metrics, Progress
 from xmodal_opd.provenance import provenance
 from xmodal_opd.rollout.hf import Sampling
-from xmodal_opd.selftest import self_test
+from xmodal_opd.scoring.forward import Responses
+from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair
 
@@ -38,7 +40,7 @@ def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> 
     state = begin(parts, run, resume, command)
     tests = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
     before = evaluated(parts, tests, run / "eval" / "before.jsonl")
-    check_alignment(parts, tests[:4])
+    parts = aligned(parts, tests[:4])
     with Metrics(run, state["step"]) as metrics, Progress(recipe.train.steps, state["step"]) as progress:
         loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, metrics, progress, began)
     after = evaluated(parts, tests, run / "eval" / "after.jsonl")
@@ -123,9 +125,18 @@ def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[s
     return records
 
 
-def check_alignment(parts: Parts, pairs: list[Pair]) -> None:
+def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
+    """The parts, after the self-test on a few questions; with prompts repeated where this model cannot share them."""
     rollouts = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
-    self_test(parts.student, parts.responses, rollouts)
+    check_sampler(parts.student, parts.responses, rollouts)
+    if not parts.responses.share:
+        return parts
+    try:
+        check_sharing(parts.student, parts.responses, rollouts)
+    except CannotShare as error:
+        print(f"prompts are repeated for every answer, which is slower: {error}")
+        return replace(parts, responses=Responses(parts.adapter, share=False))
+    return parts
 
 
 # ---- the run folder

@@ -43,7 +43,7 @@ def divergence(
     refuse_unpaired("student and teacher hidden states", hidden_s, hidden_t)
     same = is_same(head_s, head_t)
     head_s, head_t = real_vocabulary(head_s, head_t, vocab)
-    hidden_t, head_t = hidden_t.detach().to(head_t.dtype), head_t.detach()
+    hidden_t = hidden_t.to(head_t.dtype)
     slope_of = reverse_kl_slope if fn is reverse_kl else partial(any_slope, fn)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from xmodal_opd.models import continue_from, prefill
+from xmodal_opd.models import continue_from, media_tokens, prefill, projection
 from xmodal_opd.types import Adapter, Pair, Rollout
 
 
@@ -38,21 +38,23 @@ def decode(
     """Token ids and their log-probs at temperature 1 for B answers; answer b continues prompt `owner[b]`.
 
     temperature [B]: 0 takes the likeliest token. An answer ends with one of `eos`, which it keeps, or at `max_tokens`.
+    Media placeholders are never chosen.
     """
+    banned = torch.tensor(media_tokens(model), dtype=torch.long, device=owner.device)
     tokens: list[list[int]] = [[] for _ in owner]
     logps: list[list[float]] = [[] for _ in owner]
     ends = torch.tensor(list(eos), device=owner.device)
     cache = DynamicCache(config=model.config.get_text_config())
     last, position = prefill(model, prompts, cache)
     logits, position, mask = (
-        model.get_output_embeddings()(last)[owner],
+        projection(model)(last)[owner],
         position[owner],
         prompts["attention_mask"][owner],
     )
     cache.batch_select_indices(owner)
     live = torch.arange(len(owner), device=owner.device)
     for t in range(max_tokens):
-        chosen, logp = sample(logits.float(), temperature[live], generator)
+        chosen, logp = sample(logits.float(), temperature[live], banned, generator)
         for row, token, value in zip(live.tolist(), chosen.tolist(), logp.tolist(), strict=True):
             tokens[row].append(token)
             logps[row].append(value)
@@ -67,11 +69,14 @@ def decode(
     return tokens, logps
 
 
-def sample(logits: Tensor, temperature: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: Tensor, banned: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """One token per row of [B, V] and its log-prob at temperature 1. Every row draws, so greedy rows shift no other."""
-    heated = logits / temperature.clamp(min=1e-6)[:, None]
+    open_to = logits.index_fill(1, banned, float("-inf"))
+    heated = open_to / temperature.clamp(min=1e-6)[:, None]
     drawn = heated.softmax(-1).multinomial(1, generator=generator)[:, 0]
-    chosen = torch.where(temperature == 0, logits.argmax(-1), drawn)
+    chosen = torch.where(temperature == 0, open_to.argmax(-1), drawn)
     return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
 
 

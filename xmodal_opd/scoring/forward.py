@@ -58,7 +58,7 @@ def divergence(
     mask: Tensor,
     size: int | None,
 ) -> Tensor:
-    """fn(log p, log q) [B, T] over the whole vocabulary; each side is (model, hidden states); `size`: real vocabulary."""
+    """fn(log p, log q) [B, T] over the whole vocabulary of `size`; each side is (model, hidden states)."""
     (model_s, hidden_s), (model_t, hidden_t) = student, teacher
     per_token = vocab.divergence(
         fn, flat(hidden_s, mask), head(model_s), flat(hidden_t, mask).to(hidden_s.device), head(model_t), vocab=size
