@@ -46,6 +46,9 @@ def write_shards(
     shards = _plan(total, per_shard)
     kept = _claim(folder, plain, list(shards))
     todo = {name: numbers for name, numbers in shards.items() if name not in kept}
+    done = read_index(folder)
+    if not todo and done and "shardlist" in done:  # another run may be reading them
+        return done
     refused = sum(len(shards[name]) - count_samples(folder / name) for name in kept)
     rendered = iter(render([n for numbers in todo.values() for n in numbers]) if todo else ())
     console = Console(stderr=True)
@@ -161,7 +164,7 @@ def tar_bytes(samples: Mapping[str, Files]) -> bytes:
 
 
 def _write_aside(path: Path, data: bytes) -> None:
-    aside = path.with_name(path.name + ".aside")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")  # two runs may be making the same shards
     with aside.open("wb") as file:
         file.write(data)
         file.flush()

@@ -273,18 +273,33 @@ def ctc(model, adapter, some: list):
 
 def learn_to_answer(model, adapter, seed: int) -> None:
     """A few spoken questions with their answers: enough to show that speech is to be answered too, no more."""
+    answer(model, adapter, seed, clips("train", seed + 2, 600), 260, 6e-4, "answering")
+
+
+def answer_more(model, adapter, seed: int) -> None:
+    """The same on other clips."""
+    answer(model, adapter, seed + 4, clips("train", seed + 4, 500), 160, 5e-4, "answering more")
+
+
+def answer(model, adapter, seed: int, asked: list, steps: int, rate: float, name: str) -> None:
     from modalities.tasks import questions
 
-    rng, stream, asked = random.Random(seed), questions(seed + 2, "train"), clips("train", seed + 2, 300)
+    rng, stream = random.Random(seed), questions(seed + 2, "train")
 
     def loss():
-        some = [example(adapter, question, wave) for question, wave in rng.sample(asked, 16)]
-        return cross_entropy(model, adapter, some + [example(adapter, next(stream)) for _ in range(16)])
+        some = [example(adapter, question, wave) for question, wave in rng.sample(asked, 24)]
+        return cross_entropy(model, adapter, some + [example(adapter, next(stream)) for _ in range(8)])
 
-    fit(model, loss, 120, 4e-4, "answering")
+    fit(model, loss, steps, rate, name)
 
 
-STAGES = {"text": learn_text, "hearing": learn_to_hear, "hearing_more": hear_more, "answering": learn_to_answer}
+STAGES = {
+    "text": learn_text,
+    "hearing": learn_to_hear,
+    "hearing_more": hear_more,
+    "answering": learn_to_answer,
+    "answering_more": answer_more,
+}
 
 
 def build(folder: Path, work: Path, seed: int) -> None:

@@ -28,7 +28,8 @@ def check(recipe: config.Recipe) -> Iterator[str]:
     pairs = probe(parts)
     yield f"data       {len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
     parts = aligned(parts, pairs)
-    yield f"alignment  sampler and training forward agree; prompts are {'shared' if parts.responses.share else 'repeated'}"
+    how = "shared by" if parts.responses.share else "repeated for"
+    yield f"alignment  sampler and training forward agree; prompts are {how} their answers"
     for name, value in train_step(parts, pairs, 0).items():
         yield f"{name:30} {value:.5g}"
 

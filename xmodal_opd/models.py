@@ -45,7 +45,7 @@ def load_model(
             f"model {name!r} is a {architecture}, which transformers {transformers.__version__} does not have; "
             "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
         )
-    model = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 

@@ -1,5 +1,6 @@
 """One training step: sample, score, judge the whole step once, then turn micro-batches into loss."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -79,19 +80,24 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
 
 def rewards_of(
     parts: Parts, answers: Mapping[str, list[Rollout]], references: Sequence[Rollout] | None
-) -> tuple[Tensor, int]:
-    """Rewards [B], NaN where none was asked for or the judge could not decide; and how often it could not."""
+) -> tuple[Tensor, Counter[str]]:
+    """Rewards [B], NaN where none was asked for or the judge could not decide; and how often it could not, and why."""
     rewards: list[float] = []
-    failures = 0
+    failures: Counter[str] = Counter()
     for name, rollouts in answers.items():
         if parts.judge is None or name not in parts.judged:
             rewards += [float("nan")] * len(rollouts)
             continue
-        texts = None if references is None else [references[r.group].text for r in rollouts]
+        texts = None if references is None else [own_answer(references[r.group]) for r in rollouts]
         values, failed = judge(parts.judge, rollouts, texts)
         rewards += [float("nan") if v is None else v for v in values]
-        failures += sum(failed.values())
+        failures.update(failed)
     return torch.tensor(rewards), failures
+
+
+def own_answer(reference: Rollout) -> str | None:
+    """What the judge compares with: an answer that was cut off reaches no conclusion."""
+    return reference.text if reference.finished else None
 
 
 @torch.no_grad()
@@ -119,7 +125,9 @@ def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     return TokenBatch(batch.mask.to(device), batch.group.to(device), batch.student_logp.to(device), scores)
 
 
-def describe(parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor, failures: int) -> dict[str, float]:
+def describe(
+    parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor, failures: Counter[str]
+) -> dict[str, float]:
     """Metrics of the samples alone, under the names TRL uses where it has one."""
     every = [r for some in answers.values() for r in some]
     own = [r for name, some in answers.items() if parts.samplings[name].view == "student" for r in some]
@@ -133,7 +141,8 @@ def describe(parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor
         "num_tokens": float(len(tokens)),
         **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
         **reward_metrics(rewards.tolist(), [hash(g) for g in groups]),
-        **({"judge_failures": float(failures)} if parts.judge else {}),
+        **({"judge_failures": float(failures.total())} if parts.judge else {}),
+        **{f"judge_failures/{reason}": float(count) for reason, count in failures.items()},
     }
 
 

@@ -44,7 +44,7 @@ def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> 
     with Metrics(run, state["step"]) as metrics, Progress(recipe.train.steps, state["step"]) as progress:
         loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, metrics, progress, began)
     after = evaluated(parts, tests, run / "eval" / "after.jsonl")
-    summary = {"method": recipe.name} | report.summary(before, after, elapsed(state, began))
+    summary = {"method": recipe.name, "seed": recipe.train.seed} | report.summary(before, after, elapsed(state, began))
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.curves(run)
     return summary | {"run_dir": str(run)}

@@ -62,7 +62,8 @@ class AudioAdapter:
     def batch(self, views: Sequence[Inputs]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` [P, L], left-padded, and the features of all audio in order."""
         audio = [wave for view in views for wave in view["audio"]]
-        extra = {"audio": audio, "sampling_rate": self.extractor.sampling_rate} if audio else {}
+        rate = getattr(self.extractor, "sampling_rate", None)
+        extra = {"audio": audio, "sampling_rate": rate} if audio else {}
         texts = [view["prompt"] for view in views]
         out = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **extra)
         for view, length in zip(views, out["attention_mask"].sum(1).tolist(), strict=True):

@@ -4,7 +4,6 @@ A waveform is a float32 numpy array [samples], mono, in -1..1. The same argument
 """
 
 import _ctypes
-import atexit
 import ctypes
 import math
 import random
@@ -145,24 +144,31 @@ def _choose(library: ctypes.CDLL, voice: Voice) -> None:
     # an unknown variant is passed over in silence by the engine
     known = not variant or Path(installed()[1], "voices", "!v", variant).exists()
     plus = f"+{variant}" if variant else ""
-    by_file = known and library.espeak_SetVoiceByFile(f"{_voice_file(language)}{plus}".encode()) == 0
-    if not known or not (by_file or library.espeak_SetVoiceByName(f"{language}{plus}".encode()) == 0):
+    if not known or not (_by_file(library, language, plus) or _by_name(library, language + plus)):
         have = f"{', '.join(ACCENTS)} with {', '.join(v for split in VARIANTS.values() for v in split)}"
         raise ValueError(f"espeak-ng has no voice {voice.name!r}; write language+variant, for example {have}")
     for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.range)):
         library.espeak_SetParameter(parameter, value, 0)
 
 
+def _by_name(library: ctypes.CDLL, name: str) -> bool:
+    return library.espeak_SetVoiceByName(name.encode()) == 0
+
+
+def _by_file(library: ctypes.CDLL, language: str, plus: str) -> bool:
+    """By name the engine reads all its voice files, which doubles the time of an utterance; by file only the one, but
+    from a lower-case path under 60 characters. (Where the path of temporary files is longer, this is False.)"""
+    voice = _voice_files().get(language.lower())
+    if voice is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="voice") as folder:
+        path = shutil.copyfile(voice, Path(folder, voice.name.lower()))
+        return library.espeak_SetVoiceByFile(f"{path}{plus}".encode()) == 0
+
+
 @cache
-def _voice_file(language: str) -> Path | None:
-    """A copy of a language's voice file. By name the engine reads all voice files first, which doubles the time of an
-    utterance; by file it wants a lower-case path under 60 characters (where a temporary one is longer: by name)."""
-    found = [path for path in Path(installed()[1], "lang").rglob("*") if path.name.lower() == language.lower()]
-    if not found:
-        return None
-    folder = tempfile.mkdtemp(prefix="voice")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(shutil.copyfile(found[0], Path(folder, found[0].name.lower())))
+def _voice_files() -> dict[str, Path]:
+    return {path.name.lower(): path for path in Path(installed()[1], "lang").rglob("*") if path.is_file()}
 
 
 # ---- any other engine

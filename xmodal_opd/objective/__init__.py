@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,6 @@ from xmodal_opd.objective.weights import ROW_WEIGHTS, WEIGHTS
 from xmodal_opd.types import Judged, Scores, TokenBatch
 
 Spec = str | Mapping[str, Any]  # "jsd" or {"jsd": {"beta": 0.5}}
-Record = TypeVar("Record", TokenBatch, Judged)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def as_number(scale: float | Callable[[int, int], float]) -> float:
     return scale
 
 
-def rows(record: Record, index: slice | Tensor) -> Record:
+def rows[Record: (TokenBatch, Judged)](record: Record, index: slice | Tensor) -> Record:
     """Some responses of a TokenBatch or Judged, with their scores."""
 
     def cut(value: Any) -> Any:
