@@ -199,7 +199,7 @@ def utterance(question_and_voice):
     return torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy()
 
 
-def clips(split: str, seed: int, count: int) -> list:
+def clips(split: str, seed: int, count: int, pitches: tuple[int, int] = (35, 65)) -> list:
     """(question, waveform) pairs in random voices of the split."""
     from multiprocessing import get_context
 
@@ -208,7 +208,7 @@ def clips(split: str, seed: int, count: int) -> list:
 
     rng = random.Random(seed)
     asked = list(itertools.islice(questions(seed, split), count))
-    jobs = [(question, random_voice(rng, split, ACCENTS)) for question in asked]
+    jobs = [(question, random_voice(rng, split, ACCENTS, pitches=pitches)) for question in asked]
     with get_context("spawn").Pool(2) as pool:
         return list(zip(asked, pool.map(utterance, jobs, chunksize=32), strict=True))
 
@@ -242,14 +242,23 @@ def learn_text(model, adapter, seed: int) -> None:
 def learn_to_hear(model, adapter, seed: int) -> None:
     """The encoder alone, by CTC onto the language model's own token embeddings: what it hears comes out as the tokens
     of what was said, spread over time. The language model does not move."""
-    rng, heard = random.Random(seed), clips("train", seed + 1, 1500)
-    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 700, 2e-3, "hearing")
+    hear(model, adapter, seed, clips("train", seed + 1, 1500), 700, 2e-3, "hearing")
 
 
 def hear_more(model, adapter, seed: int) -> None:
     """The same on other clips."""
-    rng, heard = random.Random(seed), clips("train", seed + 3, 1500)
-    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 600, 1.5e-3, "hearing more")
+    hear(model, adapter, seed, clips("train", seed + 3, 1500), 600, 1.5e-3, "hearing more")
+
+
+def hear_most(model, adapter, seed: int) -> None:
+    """The same on yet other clips, at more pitches."""
+    heard = clips("train", seed + 5, 3000, pitches=(20, 85))
+    hear(model, adapter, seed + 5, heard, 1000, 1.2e-3, "hearing most")
+
+
+def hear(model, adapter, seed: int, heard: list, steps: int, rate: float, name: str) -> None:
+    rng = random.Random(seed)
+    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), steps, rate, name)
 
 
 def ctc(model, adapter, some: list):
@@ -273,12 +282,7 @@ def ctc(model, adapter, some: list):
 
 def learn_to_answer(model, adapter, seed: int) -> None:
     """A few spoken questions with their answers: enough to show that speech is to be answered too, no more."""
-    answer(model, adapter, seed, clips("train", seed + 2, 600), 260, 6e-4, "answering")
-
-
-def answer_more(model, adapter, seed: int) -> None:
-    """The same on other clips."""
-    answer(model, adapter, seed + 4, clips("train", seed + 4, 500), 160, 5e-4, "answering more")
+    answer(model, adapter, seed, clips("train", seed + 2, 500), 200, 6e-4, "answering")
 
 
 def answer(model, adapter, seed: int, asked: list, steps: int, rate: float, name: str) -> None:
@@ -297,8 +301,8 @@ STAGES = {
     "text": learn_text,
     "hearing": learn_to_hear,
     "hearing_more": hear_more,
+    "hearing_most": hear_most,
     "answering": learn_to_answer,
-    "answering_more": answer_more,
 }
 
 

@@ -78,6 +78,7 @@ def loop(
             if done % recipe.checkpoint.every == 0 or done == recipe.train.steps or stop:
                 save(parts, run, state, began)
             if stop:
+                print(f"stopped after step {done} and saved; go on with --resume run_dir={run}", flush=True)
                 raise SystemExit(128 + stop[0])
 
 
