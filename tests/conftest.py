@@ -18,6 +18,7 @@ from transformers import (
 from modalities.audio.adapter import AudioAdapter
 from modalities.tasks import questions
 from tools import build_tiny
+from xmodal_opd.models import attend_in_blocks
 from xmodal_opd.types import Pair
 
 
@@ -85,7 +86,7 @@ FAMILIES = {"omni": omni, "qwen2_audio": qwen2_audio, "qwen2": qwen2}
 def family(request, tokenizer):
     """(name, model, processor, adapter) of each supported class."""
     model, processor = FAMILIES[request.param](tokenizer)
-    return request.param, model.eval(), processor, AudioAdapter(processor, 512)
+    return request.param, attend_in_blocks(model.eval()), processor, AudioAdapter(processor, 512)
 
 
 def make_pairs(adapter: AudioAdapter, count: int, audio: bool = True) -> list[Pair]:

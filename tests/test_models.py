@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import make_pairs, omni
 from transformers import DynamicCache
 
+from modalities.audio.adapter import AudioAdapter
 from xmodal_opd import models
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, student_logp
@@ -46,6 +47,22 @@ def test_shared_prompt_equals_repeated_prompt_in_values_and_gradients(family, ro
         torch.testing.assert_close(
             slope, expected[part], atol=2e-5 * scale, rtol=2e-3, msg=lambda m, p=part: f"{p}: {m}"
         )
+
+
+def test_clips_attend_each_to_itself_and_give_what_the_masked_square_gives(tokenizer):
+    model, adapter = omni(tokenizer)[0].eval(), AudioAdapter(omni(tokenizer)[1], 512)
+    inputs = adapter.batch([pair.views["student"] for pair in make_pairs(adapter, 3)])
+
+    def heard():
+        model.zero_grad()
+        states = model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"]).last_hidden_state
+        states.square().sum().backward()
+        return states.detach(), model.audio_tower.conv1.weight.grad.clone()
+
+    square = heard()
+    models.attend_in_blocks(model)
+    assert model.audio_tower.config._attn_implementation == "blocks"
+    torch.testing.assert_close(heard(), square, atol=1e-4, rtol=1e-4)
 
 
 def test_self_test_passes_and_catches_a_misaligned_sampler(family, rollouts):

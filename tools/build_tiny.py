@@ -242,42 +242,54 @@ def learn_text(model, adapter, seed: int) -> None:
 def learn_to_hear(model, adapter, seed: int) -> None:
     """The encoder alone, by CTC onto the language model's own token embeddings: what it hears comes out as the tokens
     of what was said, spread over time. The language model does not move."""
-    hear(model, adapter, seed, clips("train", seed + 1, 1500), 700, 2e-3, "hearing")
-
-
-def hear_more(model, adapter, seed: int) -> None:
-    """The same on other clips."""
-    hear(model, adapter, seed, clips("train", seed + 3, 1500), 600, 1.5e-3, "hearing more")
-
-
-def hear_most(model, adapter, seed: int) -> None:
-    """The same on yet other clips, at more pitches."""
-    heard = clips("train", seed + 5, 3000, pitches=(20, 85))
-    hear(model, adapter, seed + 5, heard, 1000, 1.2e-3, "hearing most")
-
-
-def hear(model, adapter, seed: int, heard: list, steps: int, rate: float, name: str) -> None:
+    heard = list(hearings(adapter, clips("train", seed + 1, 12000, pitches=(20, 85))))
     rng = random.Random(seed)
-    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), steps, rate, name)
+    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 5000, 2e-3, "hearing")
+
+
+def hearings(adapter, pairs: list):
+    """(mel frames [80, frames], tokens said) of each clip."""
+    import torch
+
+    for some in itertools.batched(pairs, 64):
+        inputs = adapter.batch([example(adapter, question, wave, repeat=True)[0] for question, wave in some])
+        frames = inputs["feature_attention_mask"].sum(1)
+        for mels, length, (question, _) in zip(inputs["input_features"], frames, some, strict=True):
+            yield mels[:, :length].to(torch.float16), adapter.tokenizer(question.prompt)["input_ids"]
 
 
 def ctc(model, adapter, some: list):
     """Mean CTC loss of what was said, per token; the padding token is the blank."""
     import torch
     from torch.nn.functional import ctc_loss
+    from torch.nn.utils.rnn import pad_sequence
 
     from xmodal_opd.tokens import pad
 
-    tokenizer = adapter.tokenizer
-    inputs = adapter.batch([example(adapter, question, wave, repeat=True)[0] for question, wave in some])
-    frames = (inputs["input_ids"] == tokenizer.audio_token_id).sum(1)
-    states = model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"]).last_hidden_state
-    states = torch.nn.utils.rnn.pad_sequence(states.split(frames.tolist()))
-    logp = (states @ model.get_input_embeddings().weight.detach().T).log_softmax(-1)
-    said = [tokenizer(question.prompt)["input_ids"] for question, _ in some]
-    lengths = torch.tensor([len(ids) for ids in said])
+    lengths = torch.tensor([mels.shape[1] for mels, _ in some])
+    mels = pad_sequence([masked(mels.float()).T for mels, _ in some], batch_first=True).transpose(1, 2)
+    present = torch.arange(mels.shape[2]) < lengths[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.get_audio_features(mels, present.long()).last_hidden_state
+        logits = states @ model.get_input_embeddings().weight.detach().T
+    frames = model.audio_tower._get_feat_extract_output_lengths(lengths)[1]
+    logp = pad_sequence(logits.float().log_softmax(-1).split(frames.tolist()))
+    said = [ids for _, ids in some]
     targets = pad(said, 0.0, torch.long)
-    return ctc_loss(logp, targets, frames, lengths, blank=tokenizer.pad_token_id, zero_infinity=True)
+    sizes = torch.tensor([len(ids) for ids in said])
+    return ctc_loss(logp, targets, frames, sizes, blank=adapter.tokenizer.pad_token_id, zero_infinity=True)
+
+
+def masked(mels):
+    """One band of frequencies and one stretch of time blanked, as in SpecAugment (arXiv:1904.08779)."""
+    import torch
+
+    mels = mels.clone()
+    for axis, widest in ((0, 15), (1, 12)):
+        width = int(torch.randint(widest + 1, ()))
+        start = int(torch.randint(max(1, mels.shape[axis] - width), ()))
+        mels.narrow(axis, start, min(width, mels.shape[axis] - start)).fill_(mels.mean())
+    return mels
 
 
 def learn_to_answer(model, adapter, seed: int) -> None:
@@ -300,8 +312,6 @@ def answer(model, adapter, seed: int, asked: list, steps: int, rate: float, name
 STAGES = {
     "text": learn_text,
     "hearing": learn_to_hear,
-    "hearing_more": hear_more,
-    "hearing_most": hear_most,
     "answering": learn_to_answer,
 }
 

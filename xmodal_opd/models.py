@@ -13,13 +13,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 ASSETS = Path(__file__).parent / "assets"
 CLASSES = {  # checkpoints of a larger model of which only the part that writes text is trained
     "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
 }
+
+END_TO_END = ("Qwen2_5OmniAudioEncoder", "Qwen3OmniMoeAudioEncoder")  # lay the clips of a batch end to end
 
 
 def folder_of(name: str) -> str:
@@ -46,7 +48,40 @@ def load_model(
             "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
         )
     model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    return model.to(device).eval()
+    return attend_in_blocks(model.to(device).eval())
+
+
+def attend_in_blocks(model: Any) -> Any:
+    """Let encoders that lay clips end to end attend clip by clip. Their own eager and SDPA forms mask one square over
+    all clips, whose cost grows with the square of the batch; flash attention has no such square."""
+    for module in model.modules():
+        if type(module).__name__ in END_TO_END and module.config._attn_implementation in ("eager", "sdpa"):
+            module.set_attn_implementation("blocks")
+    return model
+
+
+def block_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """SDPA within each block [cu_seq_lens_q[i], cu_seq_lens_q[i + 1]) of sequences laid end to end.
+
+    query, key, value [1, heads, L, D] -> [1, L, heads, D].
+    """
+    lengths = cu_seq_lens_q.diff().tolist()
+    blocks = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    out = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in blocks]
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("blocks", block_attention)
 
 
 def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -35,7 +35,11 @@ Wave = NDArray[np.float32]
 
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029")
 VARIANTS = {
-    "train": ("m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f4"),
+    "train": (  # of the bundled speakers, those that say the same bytes twice
+        *("m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f4"),
+        *("adam", "aunty", "benjamin", "boris", "david", "edward", "grandma", "ian"),
+        *("michel", "pablo", "quincy", "rob", "shelby", "steph", "travis", "victor", "zac"),
+    ),
     "test": ("m7", "m8", "f3", "linda"),  # speakers never heard in training
 }
 LANGUAGES = {"en-gb": "en"}  # the bundled data know British English by this name only
@@ -157,13 +161,13 @@ def _by_name(library: ctypes.CDLL, name: str) -> bool:
 
 def _by_file(library: ctypes.CDLL, language: str, plus: str) -> bool:
     """By name the engine reads all its voice files, which doubles the time of an utterance; by file only the one, but
-    from a lower-case path under 60 characters. (Where the path of temporary files is longer, this is False.)"""
+    from a lower-case path that fits, with the variant, its buffer of 40 bytes. False where it does not."""
     voice = _voice_files().get(language.lower())
     if voice is None:
         return False
-    with tempfile.TemporaryDirectory(prefix="voice") as folder:
-        path = shutil.copyfile(voice, Path(folder, voice.name.lower()))
-        return library.espeak_SetVoiceByFile(f"{path}{plus}".encode()) == 0
+    with tempfile.TemporaryDirectory(prefix="v") as folder:
+        path = f"{shutil.copyfile(voice, Path(folder, 'v'))}{plus}".encode()
+        return len(path) < 40 and library.espeak_SetVoiceByFile(path) == 0
 
 
 @cache
