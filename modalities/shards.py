@@ -111,7 +111,10 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     """The index of finished shards, of an unfinished run (no "shardlist"), or None."""
     for name in (INDEX, UNFINISHED):
         if (path := Path(folder, name)).exists():
-            return json.loads(path.read_text("utf-8"))
+            try:
+                return json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is broken ({error}); delete it, and its shards, to make them anew") from None
     return None
 
 
@@ -165,11 +168,15 @@ def tar_bytes(samples: Mapping[str, Files]) -> bytes:
 
 def _write_aside(path: Path, data: bytes) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.aside")  # two runs may be making the same shards
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); the shards before it are good: go on after") from error
     if os.name == "posix":
         _sync_folder(path.parent)
 

@@ -38,6 +38,7 @@ def test_errors_are_one_sentence_on_standard_error(world, capsys, tmp_path):
         "judge.name=mtch": "unknown judge 'mtch'; did you mean 'match'",
         "objective.tokens.weights=[tip]": "no scorer computed 'student_entropy'",
         "objective.tokens.teacher.model=/gone": "no model at '/gone'",
+        "objective.tokens.teacher={model: initial, stop_gradient: false}": "needs a teacher that moves",
     }
     for override, message in cases.items():
         assert main(["check", world["recipe"], override]) == 1

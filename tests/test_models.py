@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_pairs, omni
+from conftest import FAMILIES, make_pairs, omni
 from transformers import DynamicCache
 
 from modalities.audio.adapter import AudioAdapter
 from xmodal_opd import models
+from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler, Sampling
-from xmodal_opd.scoring.forward import Responses, student_logp
+from xmodal_opd.scoring.forward import Responses, divergence, divergence_of_both, token_logp
 from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
 
@@ -27,7 +28,7 @@ def gradients(model, adapter, rollouts, view, share):
     model.zero_grad()
     mask = token_batch(rollouts).mask
     hidden = Responses(adapter, share=share).hidden(model, rollouts, view, grad=True)
-    logp = student_logp(model, hidden, rollouts, mask)
+    logp = token_logp(model, hidden, rollouts, mask)
     (logp * torch.linspace(-1, 2, logp.numel()).view_as(logp)).sum().backward()
     slopes = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -105,3 +106,17 @@ def test_only_named_parts_train_and_copies_share_the_rest(tokenizer):
     torch.testing.assert_close(copy.audio_tower.proj.weight, model.audio_tower.proj.weight - 0.75)
     with pytest.raises(ValueError, match=r"nothing to train: no parameter matches .'audoi'.*audio_tower"):
         models.set_trainable(model, ["audoi"])
+
+
+def test_without_stop_gradient_both_sides_move_as_in_the_dense_form(tokenizer):
+    model = FAMILIES["qwen2"](tokenizer)[0].double()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    sides = [torch.randn(2, 3, 48, dtype=torch.float64, requires_grad=True) for _ in "st"]
+    p, q = ((side @ models.head(model).T).log_softmax(-1) for side in sides)
+    dense = ((p.exp() * (p - q)).sum(-1) * mask).sum()
+    expected = torch.autograd.grad(dense, [*sides, models.head(model)])
+    for form, moved in ((divergence, sides[:1]), (divergence_of_both, [*sides, models.head(model)])):
+        value = form(reverse_kl, (model, sides[0]), (model, sides[1]), mask, None).sum()
+        slopes = torch.autograd.grad(value, moved)
+        torch.testing.assert_close(value, dense)
+        torch.testing.assert_close(slopes, expected[: len(slopes)])

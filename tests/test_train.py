@@ -109,20 +109,27 @@ def test_a_stopped_run_saves_after_its_step_and_says_how_to_go_on(world, tmp_pat
     assert latest(tmp_path / "run").name == f"step-{done:06d}"
 
 
+ANCHOR = "{sampling: tokens, view: teacher, teacher: {model: initial}, divergence: forward_kl}"
+SCORING = ["scoring.teacher={divergence: true}", "scoring.student={view: student}"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["objective.tokens.teacher.model=initial"],
-        ["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5"],
-        ["objective.tokens.sampling=sequences", "rollout.samplings.tokens=null"],
-        ["objective.anchor={sampling: tokens, view: teacher, teacher: {model: initial}, divergence: forward_kl}"],
-        ["objective.tokens.divergence=k2", "objective.tokens.weights=[]"],
-        ["engine.share_prefix=false"],
-        ["model.train=[all]", "scoring.teacher={divergence: true}", "scoring.student={view: student}",
-         "objective.tokens.weights=[tip]"],
+        pytest.param(["objective.tokens.teacher.model=initial"], id="initial"),
+        pytest.param(["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5"], id="ema"),
+        pytest.param(["objective.tokens.sampling=sequences", "rollout.samplings.tokens=null"], id="shared rollouts"),
+        pytest.param([f"objective.anchor={ANCHOR}"], id="text anchor"),
+        pytest.param(["objective.tokens.divergence=k2", "objective.tokens.weights=[]"], id="sampled"),
+        pytest.param(["objective.tokens.teacher.stop_gradient=false", "model.train=[all]"], id="both sides"),
+        pytest.param(
+            ["objective.tokens.teacher.stop_gradient=false", "model.train=[all]", "objective.tokens.divergence=k2"],
+            id="both sides, sampled",
+        ),
+        pytest.param(["engine.share_prefix=false"], id="repeated prompts"),
+        pytest.param(["model.train=[all]", *SCORING, "objective.tokens.weights=[tip]"], id="tip"),
     ],
-    ids=["initial", "ema", "shared rollouts", "text anchor", "sampled", "repeated prompts", "tip"],
-)  # fmt: skip
+)
 def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path, overrides):
     _, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

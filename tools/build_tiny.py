@@ -92,6 +92,8 @@ def make_model(tokenizer, seed: int) -> Any:
     import torch
     import transformers
 
+    from xmodal_opd.models import attend_in_blocks
+
     library: Any = transformers
     token = tokenizer.convert_tokens_to_ids
     width = 192
@@ -139,7 +141,7 @@ def make_model(tokenizer, seed: int) -> Any:
     model = library.Qwen2_5OmniThinkerForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return attend_in_blocks(model)
 
 
 def example(adapter, question, wave=None, repeat: bool = False):
@@ -162,8 +164,11 @@ def cross_entropy(model, adapter, examples):
 
     views, answers = zip(*examples, strict=True)
     tokens = pad(answers, -100.0, torch.long)
-    hidden = hidden_repeated(model, adapter.batch(views), tokens.clamp(min=0))
-    return cross_entropy(model.get_output_embeddings()(hidden).transpose(1, 2), tokens, ignore_index=-100)
+    prompts = adapter.batch(views)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = hidden_repeated(model, prompts, tokens.clamp(min=0))
+        logits = model.get_output_embeddings()(hidden)
+    return cross_entropy(logits.float().transpose(1, 2), tokens, ignore_index=-100)
 
 
 def fit(model, loss_of: Callable[[], Any], steps: int, rate: float, name: str) -> None:
@@ -244,7 +249,7 @@ def learn_to_hear(model, adapter, seed: int) -> None:
     of what was said, spread over time. The language model does not move."""
     heard = list(hearings(adapter, clips("train", seed + 1, 12000, pitches=(20, 85))))
     rng = random.Random(seed)
-    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 5000, 2e-3, "hearing")
+    fit(model.audio_tower, lambda: ctc(model, adapter, rng.sample(heard, 32)), 4500, 1.5e-3, "hearing")
 
 
 def hearings(adapter, pairs: list):
@@ -285,7 +290,7 @@ def masked(mels):
     import torch
 
     mels = mels.clone()
-    for axis, widest in ((0, 15), (1, 12)):
+    for axis, widest in ((0, 10), (1, 6)):
         width = int(torch.randint(widest + 1, ()))
         start = int(torch.randint(max(1, mels.shape[axis] - width), ()))
         mels.narrow(axis, start, min(width, mels.shape[axis] - start)).fill_(mels.mean())
@@ -293,20 +298,17 @@ def masked(mels):
 
 
 def learn_to_answer(model, adapter, seed: int) -> None:
-    """A few spoken questions with their answers: enough to show that speech is to be answered too, no more."""
-    answer(model, adapter, seed, clips("train", seed + 2, 500), 200, 6e-4, "answering")
-
-
-def answer(model, adapter, seed: int, asked: list, steps: int, rate: float, name: str) -> None:
+    """Spoken questions with their answers, clean as the recording of a studio, and written ones among them."""
     from modalities.tasks import questions
 
+    asked = clips("train", seed + 2, 6000)
     rng, stream = random.Random(seed), questions(seed + 2, "train")
 
     def loss():
         some = [example(adapter, question, wave) for question, wave in rng.sample(asked, 24)]
         return cross_entropy(model, adapter, some + [example(adapter, next(stream)) for _ in range(8)])
 
-    fit(model, loss, steps, rate, name)
+    fit(model, loss, 1200, 1e-3, "answering")
 
 
 STAGES = {

@@ -15,6 +15,7 @@ import argparse
 import operator
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -84,7 +85,8 @@ def between(value: str) -> float | tuple[float, float]:
 
 
 def main() -> None:
-    options = vars(arguments().parse_args())
+    flagged = ["inspect" if word == "--inspect" else word for word in sys.argv[1:2]]  # a flag to those who look for one
+    options = vars(arguments().parse_args(flagged + sys.argv[2:]))
     command = options.pop("command")
     run = {"reshard": reshard, "inspect": inspect}.get(command, lambda **rest: make(command, **rest))
     try:
@@ -100,8 +102,13 @@ def make(kind: str, out: str, **options: Any) -> None:
     from modalities.audio.prepare import prepare
 
     options["command"] = options.pop("tts_command", None)
+    began = time.monotonic()
     index = prepare(out, kind, **{name: value for name, value in options.items() if value is not None})
-    print(f"{out}: {index['total']} samples in {len(index['shardlist'])} shards")
+    seconds = time.monotonic() - began
+    print(
+        f"{out}: {index['total']} samples in {len(index['shardlist'])} shards, {seconds:.1f} s "
+        f"({index['total'] / seconds:.0f} a second)"
+    )
 
 
 # ---- reshard

@@ -135,7 +135,22 @@ def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTr
     """ "initial" and "ema" start as the student is now; any other name is a folder or hub name to load."""
     if name in ("initial", "ema"):
         return models.frozen_copy(student)
-    return load(recipe, name).requires_grad_(False)
+    model = load(recipe, name).requires_grad_(False)
+    refuse_other_vocabulary(recipe, name)
+    return model
+
+
+def refuse_other_vocabulary(recipe: config.Recipe, name: str) -> None:
+    """A teacher reads the student's token ids. Special tokens may differ, one in a hundred at most; words may not."""
+    trust = recipe.model.trust_remote_code
+    tokenizers = (models.load_processor(n, trust) for n in (recipe.model.name, name))
+    ours, theirs = (getattr(t, "tokenizer", t).get_vocab() for t in tokenizers)
+    other = sum(theirs.get(token) != number for token, number in ours.items())
+    if other > len(ours) / 100:
+        raise ValueError(
+            f"teacher {name!r} has another vocabulary than {recipe.model.name!r}: {other} of {len(ours)} tokens have "
+            "other ids there, so the two cannot be compared token by token"
+        )
 
 
 def load(recipe: config.Recipe, name: str) -> PreTrainedModel:
@@ -146,9 +161,16 @@ def load(recipe: config.Recipe, name: str) -> PreTrainedModel:
 def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:
     """(training shards, shuffled without end; test shards, in order), made first where the recipe says how."""
     if recipe.data.prepare is not None:
-        for split, folder in (("train", recipe.data.train), ("test", recipe.data.test)):
-            prepare_shards(recipe.data.prepare, folder, split, getattr(recipe.data.prepare, split))
-    return Shards(recipe.data.train, seed=recipe.data.seed), Shards(recipe.data.test, shuffle=False)
+        prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
+    seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
+    return Shards(recipe.data.train, seed=seed, views=config.views(recipe)), open_tests(recipe)
+
+
+def open_tests(recipe: config.Recipe) -> Shards:
+    """The test shards, in order, made first where the recipe says how."""
+    if recipe.data.prepare is not None:
+        prepare_shards(recipe.data.prepare, recipe.data.test, "test", recipe.data.prepare.test)
+    return Shards(recipe.data.test, shuffle=False, views=config.views(recipe))
 
 
 def prepare_shards(settings: config.Prepare, folder: str, split: str, count: int) -> None:

@@ -3,10 +3,12 @@
 Randomness is a pure function of (seed, step), so no generator state is kept: the step and the data position suffice.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,31 @@ def save(
         point(run, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
         shutil.rmtree(aside, ignore_errors=True)
-        good, reason = latest(run), getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"checkpoint of step {state['step']} could not be written to {folder.parent}: {reason}; "
-            f"{f'the last good one is {good}' if good else 'none was saved before'}; make room and run with --resume"
+            f"checkpoint of step {state['step']} could not be written to {folder.parent}: {reason}; {what_is_left(run)}"
         ) from error
     for old in sorted((run / "checkpoints").glob("step-??????"))[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def what_is_left(run: Path) -> str:
+    good = latest(run)
+    kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
+    return f"{kept}; make room and run with --resume"
+
+
+@contextmanager
+def room_on_disk(run: Path) -> Iterator[None]:
+    """Whatever could not be written within because the disk is full: OSError with what is still good."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or run
+        raise OSError(f"the disk is full, and {where} could not be written; {what_is_left(run)}") from error
 
 
 def export(model: PreTrainedModel, processor: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 OVERRIDES = "key.sub=value, such as train.steps=20 or run_dir=runs/mine"
@@ -40,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
         if name == "eval":
             command.add_argument("--checkpoint", help="an exported model folder; default: the recipe's own model")
-            command.add_argument("--output", help="where to write per-question JSONL")
+            command.add_argument(
+                "--output", help="where to write per-question JSONL; default: runs/NAME-eval-DATE.jsonl"
+            )
     table = commands.add_parser("report", help="a table over finished runs: mean and spread over seeds")
     table.add_argument("runs", nargs="+", help="run folders, each with a summary.json")
     table.add_argument("--figure", help="also draw the gap over the steps into this PNG")
@@ -73,8 +76,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet()
     from xmodal_opd import inspect, report
 
-    records = inspect.evaluate_only(recipe, arguments.checkpoint, arguments.output)
+    output = arguments.output or f"runs/{recipe.name}-eval-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    records = inspect.evaluate_only(recipe, arguments.checkpoint, output)
     report.print_accuracies(records)
+    print(f"answers: {output}")
     return 0
 
 

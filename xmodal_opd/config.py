@@ -25,6 +25,8 @@ Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  # keys that hold {piece: options}
+
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +57,7 @@ class Data(Part):
     train: str
     test: str
     prepare: Prepare | None = None
-    seed: int = 0
+    seed: int | None = None  # of the samples' order; default: train.seed
 
 
 class Sampling(Part):
@@ -66,7 +68,7 @@ class Sampling(Part):
 
 class Rollout(Part):
     max_tokens: int = Field(200, ge=1)
-    batch_tokens: int = 16384
+    batch_tokens: int = Field(16384, ge=1)
     samplings: dict[str, Sampling]
 
 
@@ -77,12 +79,16 @@ class Source(Part):
     view: str = "teacher"
 
 
+class Teacher(Source):
+    stop_gradient: bool = True  # false: the student's weights also move so that its teacher view comes nearer
+
+
 class Term(Part):
     """One loss term: a distillation term has a divergence (and a teacher), a policy term a surrogate."""
 
     sampling: str  # the one whose rollouts it reads
     view: str = "student"
-    teacher: Source = Source()
+    teacher: Teacher = Teacher()
     divergence: Spec | None = None
     weights: list[Spec] = []
     advantages: list[Spec] = []
@@ -112,29 +118,29 @@ class Engine(Part):
     name: Literal["plain"] = "plain"
     device: str = "auto"  # "cpu", "cuda", or whichever there is
     autocast: bool = False  # bfloat16 products on float32 weights
-    micro_tokens: int = 16384  # prompt and answer tokens in one forward with gradient, padding included
+    micro_tokens: int = Field(16384, ge=1)  # prompt and answer tokens in one forward with gradient, padding included
     share_prefix: bool = True
     ema_rate: float = 0.01
 
 
 class Train(Part):
-    steps: int = 100
-    prompts: int = 32  # questions a step
+    steps: int = Field(100, ge=1)
+    prompts: int = Field(32, ge=1)  # questions a step
     seed: int = 0
     threads: int | None = None  # CPU threads; default: all cores
 
 
 class Eval(Part):
-    every: int = 0  # steps between evaluations on `during` questions; 0: only before and after
-    during: int = 100
-    samples: int | None = None  # questions before and after; default: all
-    batch: int = 24
+    every: int = Field(0, ge=0)  # steps between evaluations on `during` questions; 0: only before and after
+    during: int = Field(100, ge=1)
+    samples: int | None = Field(None, ge=1)  # questions before and after; default: all
+    batch: int = Field(24, ge=1)
     kl: bool = True
 
 
 class Checkpoint(Part):
-    every: int = 100
-    keep: int = 2
+    every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
 
 
 class Recipe(Part):
@@ -190,7 +196,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values")
     merged: dict[str, Any] = {}
-    for include in tree.pop("include", []):
+    includes = tree.pop("include", None) or []
+    for include in [includes] if isinstance(includes, str) else includes:
         other = path.parent / include
         if not other.is_file():
             raise ValueError(f"{path} includes {include!r}, but there is no file {other}")
@@ -199,10 +206,11 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of mappings; anything else is replaced."""
+    """Deep merge of mappings; anything else is replaced, and so is a piece by another piece."""
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        both = both and not (key in PIECES and list(value) != list(out[key]))
         out[key] = merge(out[key], value) if both else value
     return out
 
@@ -212,7 +220,10 @@ def parse(override: str) -> dict[str, Any]:
     keys, equals, text = override.partition("=")
     if not equals or not keys:
         raise ValueError(f"cannot read {override!r} as an override; write key.sub=value, such as train.steps=20")
-    value = yaml.load(text, Loader)
+    try:
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {keys}={text} is not YAML: {' '.join(str(error).split())}") from None
     for key in reversed(keys.split(".")):
         value = {key: value}
     return value
@@ -272,15 +283,30 @@ def check_references(path: str, recipe: Recipe) -> None:
                 f"{path}: objective.{name}.sampling names {term.sampling!r}{hint(term.sampling, samplings)}; "
                 f"rollout.samplings has: {have}"
             )
+        if not term.teacher.stop_gradient and term.teacher.model != "current":
+            raise ValueError(
+                f"{path}: objective.{name}.teacher.stop_gradient=false needs a teacher that moves: model current, "
+                f"not {term.teacher.model!r}"
+            )
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     judged = [n for n, t in recipe.objective.items() if any(piece_name(a) == "reward" for a in t.advantages)]
+    if recipe.judge and recipe.judge.reference and recipe.judge.reference.n != 1:
+        raise ValueError(f"{path}: judge.reference.n is {recipe.judge.reference.n}; the judge compares with one answer")
     if judged and recipe.judge is None:
         raise ValueError(f"{path}: objective.{judged[0]} uses the advantage 'reward', but the recipe has no judge")
 
 
+def views(recipe: Recipe) -> set[str]:
+    """The views every sample must have: those the recipe names, and the two that are evaluated."""
+    terms = recipe.objective.values()
+    sources = [t.teacher for t in terms if t.divergence] + list(recipe.scoring.values())
+    asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
+    return {"student", "teacher", *(part.view for part in (*terms, *sources, *asked) if part is not None)}
+
+
 def piece_name(spec: Spec) -> str:
-    return spec if isinstance(spec, str) else next(iter(spec))
+    return spec if isinstance(spec, str) else next(iter(spec), "")
 
 
 def hint(word: str, words: Sequence[str] | Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,12 @@ def _indexed(place: str) -> list[Shard]:
         with gopen(place) as stream:
             entries = json.loads(stream.read())["shardlist"]
         urls = [entry["url"] for entry in entries]
-        if any(url.startswith("pipe:") for url in urls):
+        if any(url.lower().startswith("pipe:") for url in urls):
             raise ValueError("it names a command")
         folder = os.path.dirname(place)
         urls = [url if "://" in url else os.path.join(folder, url) for url in urls]
-        return [Shard(url, entry.get("nsamples")) for url, entry in zip(urls, entries, strict=True)]
+        counts = [None if (n := entry.get("nsamples")) is None else int(n) for entry in entries]
+        return [Shard(url, count) for url, count in zip(urls, counts, strict=True)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the index {place} cannot be used ({error!r}); write it anew, or delete it") from None
 
@@ -133,6 +134,8 @@ def parse(group: Mapping[str, Any]) -> dict[str, Any]:
     for view, messages in record["views"].items():
         _check_view(view, messages, media)
     answer, meta = record.get("answer"), record.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise SampleError(f'its "meta" is {type(meta).__name__}, not a mapping')
     named = {"views": record["views"], "answer": None if answer is None else str(answer), "meta": meta, "media": media}
     return {"__key__": group["__key__"], "__url__": group["__url__"], **named}
 
@@ -154,8 +157,16 @@ class Shards:
     """The samples of one rank, without end; `seen`, `skipped`, `broken` {(shard, key): reason} tell what happened."""
 
     def __init__(
-        self, source: str | Sequence[str], *, seed: int = 0, shuffle: bool = True, rank: int = 0, world: int = 1
+        self,
+        source: str | Sequence[str],
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        views: Collection[str] = (),  # that every sample must have
     ):
+        self.views = frozenset(views)
         self.shards = find_shards(source)
         self.counts = [shard.samples for shard in self.shards]
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
@@ -232,7 +243,10 @@ class Shards:
         try:
             if reason:
                 raise SampleError(reason)
-            return parse(group)
+            sample = parse(group)
+            if absent := self.views - sample["views"].keys():
+                raise SampleError(f"it has no view {min(absent)!r} (has: {', '.join(sample['views'])})")
+            return sample
         except SampleError as error:
             self._skip(self.shards[shard].url, group["__key__"], str(error))
 

@@ -76,9 +76,11 @@ def accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Per-question JSONL."""
+    """Per-question JSONL; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(r) + "\n" for r in records))
+    aside.replace(path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

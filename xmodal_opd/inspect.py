@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from xmodal_opd import config, evaluate
-from xmodal_opd.build import Parts, build, open_shards, prepare_shards
+from xmodal_opd.build import Parts, build, open_tests, prepare_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.step import train_step
-from xmodal_opd.train import aligned
+from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
-
-PROBE = 4  # questions
 
 
 def check(recipe: config.Recipe) -> Iterator[str]:
@@ -38,23 +36,23 @@ def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
-        return [pair for _, pair in islice(Shards(data.train).pairs(parts.adapter), PROBE)]
+        shards = Shards(data.train, views=config.views(parts.recipe))
+        return [pair for _, pair in islice(shards.pairs(parts.adapter), PROBE)]
     with tempfile.TemporaryDirectory() as folder:
         prepare_shards(data.prepare, folder, "train", PROBE)
         return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
 
 
-def evaluate_only(recipe: config.Recipe, checkpoint: str | None, output: str | None) -> list[dict[str, Any]]:
-    """Records of the recipe's test questions under its model, or under an exported folder."""
+def evaluate_only(recipe: config.Recipe, checkpoint: str | None, output: str) -> list[dict[str, Any]]:
+    """Records of the recipe's test questions under its model, or under an exported folder; kept at `output`."""
     if checkpoint:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": checkpoint})})
-    parts = build(recipe)
-    _, testing = open_shards(recipe)
-    pairs = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+    parts = build(recipe.model_copy(update={"objective": {}, "scoring": {}, "judge": None}))  # no teacher is needed
+    pairs = [pair for _, pair in islice(open_tests(recipe).pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+    parts = aligned(parts, pairs[:PROBE])
     settings = recipe.eval
     records = evaluate.evaluate(
         pairs, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
     )
-    if output:
-        evaluate.write(records, Path(output))
+    evaluate.write(records, Path(output))
     return records

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
@@ -47,7 +48,10 @@ def load_model(
             f"model {name!r} is a {architecture}, which transformers {transformers.__version__} does not have; "
             "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
         )
-    model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    try:
+        model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are broken ({error}); copy or download them anew") from error
     return attend_in_blocks(model.to(device).eval())
 
 

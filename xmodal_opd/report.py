@@ -59,7 +59,14 @@ def print_accuracies(records: Sequence[Mapping[str, Any]], console: Console | No
     tasks = {task: [r for r in records if str(r["task"]) == task] for task in sorted({str(r["task"]) for r in records})}
     heads = {"text": "text_accuracy", "student": "student_accuracy", "gap": "gap"}
     parts = {task: accuracies(some) for task, some in tasks.items()}
-    (console or Console()).print(_table(heads, accuracies(records), parts))
+    console = console or Console()
+    console.print(_table(heads, accuracies(records), parts))
+    if records and records[0]["token_kl"] is not None:
+        kls = [r["token_kl"] for r in records]
+        low, high = bootstrap_interval(kls)
+        console.print(
+            f"token KL(student view || text view): {fmean(kls):.3f} nats [{low:.3f}, {high:.3f}]", style="dim"
+        )
 
 
 def _table(heads: Mapping[str, str], whole: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Table:

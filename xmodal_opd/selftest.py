@@ -1,6 +1,6 @@
-"""Before the first step: do sampler, training forward and teacher agree on the very same tokens?
+"""Before anything is measured: do sampler and training forward agree on the very same tokens?
 
-Multimodal teachers are easily misaligned by a token or fed the wrong media, and training then fails in silence.
+A multimodal forward is easily off by a token or fed the wrong media, and training then fails in silence.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xmodal_opd.objective.divergences import reverse_kl
-from xmodal_opd.scoring.forward import Responses, divergence, statistics, student_logp
+from xmodal_opd.scoring.forward import Responses, divergence, statistics, token_logp
 from xmodal_opd.tokens import token_batch
 from xmodal_opd.types import Rollout
 
@@ -33,7 +33,7 @@ def check_sampler(model: PreTrainedModel, responses: Responses, rollouts: Sequen
     hidden = Responses(responses.adapter, share=False).hidden(model, rollouts, "student")
     logp, _ = statistics(model, hidden, rollouts, mask)
     gap = float(((logp - batch.student_logp.to(model.device)) * mask).abs().max())
-    if gap > limit:
+    if not gap <= limit:  # a NaN disagrees, too
         raise RuntimeError(
             f"sampler and training forward disagree on the same tokens: log-probs differ by {gap:.2g}, over {limit:g}; "
             "the prompt or its media are not the same on both sides"
@@ -55,7 +55,7 @@ def check_sharing(model: PreTrainedModel, responses: Responses, rollouts: Sequen
     with torch.no_grad():
         kl = float(divergence(reverse_kl, (model, ours), (model, plain), mask, None).abs().max())
     apart = float((shared_slope - slope).norm() / slope.norm().clamp(min=1e-12))
-    if kl > LIMITS[model.dtype] or apart > 1000 * LIMITS[model.dtype]:
+    if not (kl <= LIMITS[model.dtype] and apart <= 1000 * LIMITS[model.dtype]):  # a NaN disagrees, too
         raise CannotShare(f"KL {kl:.2g} and {apart:.1%} of the gradient lie between a shared and a repeated prompt")
     return kl
 
@@ -67,6 +67,6 @@ def probe(
     hidden = responses.hidden(model, rollouts, "student", grad=True)
     moving = [p for p in model.parameters() if p.requires_grad]
     some = moving[:: max(1, len(moving) // PROBED)]
-    total = student_logp(model, hidden, rollouts, mask).sum()
+    total = token_logp(model, hidden, rollouts, mask).sum()
     slopes = torch.autograd.grad(total, some, allow_unused=True, materialize_grads=True)
     return hidden.detach(), torch.cat([s.flatten().float() for s in slopes])

@@ -14,7 +14,7 @@ from xmodal_opd.metrics import reward_metrics
 from xmodal_opd.objective import Term
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
-from xmodal_opd.scoring.forward import divergence, statistics, student_logp
+from xmodal_opd.scoring.forward import divergence, divergence_of_both, statistics, token_logp
 from xmodal_opd.scoring.judge import judge
 from xmodal_opd.tokens import cut, token_batch
 from xmodal_opd.types import Judged, Pair, Rollout, Scores, TokenBatch
@@ -51,9 +51,11 @@ def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, fl
 def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
     """Judge the whole step, then add up its gradient piece by piece; returns loss and mean divergence of each term."""
     terms = {name: term.at(number, parts.recipe.train.steps) for name, term in parts.terms.items()}
-    judged = {name: judge_term(term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()}
+    judged = {
+        name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()
+    }
     sums: dict[str, float] = {}
-    for piece in cut(step.rollouts, parts.recipe.engine.micro_tokens):
+    for piece in cut(step.rollouts, parts.recipe.engine.micro_tokens, parts.responses.share):
         with parts.engine.precision():
             loss = micro_loss(parts, terms, judged, step, piece, sums)
         parts.engine.backward(loss)
@@ -104,7 +106,9 @@ def own_answer(reference: Rollout) -> str | None:
 def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dict[str, Tensor]:
     """NAME_logp and NAME_entropy [B, T] of every scorer, and NAME_divergence = KL(student || NAME) where asked."""
     out: dict[str, Tensor] = {}
-    for piece in cut(rollouts, parts.recipe.engine.micro_tokens) if parts.recipe.scoring else ():
+    if not parts.recipe.scoring:
+        return out
+    for piece in cut(rollouts, parts.recipe.engine.micro_tokens, parts.responses.share):
         rows, some, here = torch.tensor(piece), [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
         for name, scorer in parts.recipe.scoring.items():
             model = parts.models[scorer.model]
@@ -146,10 +150,14 @@ def describe(
     }
 
 
-def judge_term(term: Term, on: str, step: Step) -> Judged:
-    """The term's verdict on the rows of its sampling, zero on all others."""
+def judge_term(parts: Parts, term: Term, on: str, step: Step) -> Judged:
+    """The term's verdict on the rows of its sampling, zero on all others. Rewards only where a judge gave some: a row
+    that none was asked for is not one that the judge could not decide."""
     mine = step.rows(on).to(step.batch.mask.device)
-    verdict = term.judge(take(step.batch, mine))
+    batch = take(step.batch, mine)
+    if on not in parts.judged:
+        batch = replace(batch, scores=Scores({k: v for k, v in batch.scores.items() if k != "reward"}))
+    verdict = term.judge(batch)
     zeros = torch.zeros_like(step.batch.student_logp)
     return Judged(zeros.index_copy(0, mine, verdict.weight), zeros.index_copy(0, mine, verdict.advantage))
 
@@ -196,10 +204,11 @@ def hidden_states(
     """Each (model, view) run once over all rows that need it: {row: place}, hidden states. With gradient where a
     term trains through it; a term that only learns from it detaches."""
     rows: dict[Source, dict[int, int]] = {}
-    trained: set[Source] = set()
+    trained: set[Source | None] = set()
     for name, mine in use.items():
         student, teacher = sources(parts, name, terms[name])
-        trained |= {student} if mine else set()
+        moving = {student} if parts.recipe.objective[name].teacher.stop_gradient else {student, teacher}
+        trained |= moving if mine else set()
         for source in filter(None, (student, teacher)):
             places = rows.setdefault(source, {})
             for row in mine:
@@ -233,11 +242,11 @@ def values(
 
     student, teacher = sources(parts, name, term)
     if term.divergence is None or teacher is None:
-        return student_logp(parts.student, of(student), rollouts, mask)
-    other = parts.models[teacher[0]]
+        return token_logp(parts.student, of(student), rollouts, mask)
+    sides = (parts.student, of(student)), (parts.models[teacher[0]], of(teacher))
+    stop = parts.recipe.objective[name].teacher.stop_gradient
     if not term.sampled:
-        sides = (parts.student, of(student)), (other, of(teacher).detach())
-        return divergence(term.divergence, *sides, mask, parts.vocab)
-    with torch.no_grad():
-        logq = student_logp(other, of(teacher), rollouts, mask)
-    return term.divergence(student_logp(parts.student, of(student), rollouts, mask), logq)
+        return (divergence if stop else divergence_of_both)(term.divergence, *sides, mask, parts.vocab)
+    with torch.set_grad_enabled(not stop):
+        logq = token_logp(*sides[1], rollouts, mask)
+    return term.divergence(token_logp(*sides[0], rollouts, mask), logq)

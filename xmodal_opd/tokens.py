@@ -31,10 +31,11 @@ def token_batch(rollouts: Sequence[Rollout], scores: Scores | None = None) -> To
     )
 
 
-def cut(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
+def cut(rollouts: Sequence[Rollout], budget: int, share: bool = True) -> Iterator[list[int]]:
     """Rows of `rollouts` in pieces of at most `budget` tokens, padding included; answers to one question stay together.
 
-    A prompt counts once, however many answers it has; a question over the budget is a piece of its own.
+    A prompt has the length it was sampled with. It counts once where its answers `share` it, else with each of them. A
+    question over the budget is a piece of its own.
     """
     by_pair: dict[int, list[int]] = {}
     for row, rollout in enumerate(rollouts):
@@ -44,11 +45,12 @@ def cut(rollouts: Sequence[Rollout], budget: int) -> Iterator[list[int]]:
     for rows in by_pair.values():
         prompt = max(widest_prompt, *(rollouts[r].prompt_tokens for r in rows), 0)
         width = max(widest, *(len(rollouts[r].tokens) for r in rows), 0)
-        if piece and (prompts + 1) * prompt + (len(piece) + len(rows)) * width > budget:
+        copies = 1 if share else len(rows)
+        if piece and (prompts + copies) * prompt + (len(piece) + len(rows)) * width > budget:
             yield piece
             piece, prompts = [], 0
             prompt = max(rollouts[r].prompt_tokens for r in rows)
             width = max(len(rollouts[r].tokens) for r in rows)
-        piece, prompts, widest_prompt, widest = piece + rows, prompts + 1, prompt, width
+        piece, prompts, widest_prompt, widest = piece + rows, prompts + copies, prompt, width
     if piece:
         yield piece

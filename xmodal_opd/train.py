@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from xmodal_opd import checkpoint, config, evaluate, report
 from xmodal_opd.build import Parts, build, open_shards
@@ -22,6 +23,8 @@ from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair
 
+MAY_CHANGE = ("train.steps", "train.threads", "eval.", "checkpoint.", "engine.device", "engine.micro_tokens", "run_dir")
+PROBE = 4  # questions
 PATIENCE = 3  # steps in a row without a finite gradient
 
 
@@ -39,11 +42,17 @@ def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> 
     training, testing = open_shards(recipe)
     state = begin(parts, run, resume, command)
     tests = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+    parts = aligned(parts, tests[:PROBE])
     before = evaluated(parts, tests, run / "eval" / "before.jsonl")
-    parts = aligned(parts, tests[:4])
-    with Metrics(run, state["step"]) as metrics, Progress(recipe.train.steps, state["step"]) as progress:
+    if state["step"] < recipe.train.steps:
+        (run / "eval" / "after.jsonl").unlink(missing_ok=True)  # of a shorter run that now goes on
+    with (
+        checkpoint.room_on_disk(run),
+        Metrics(run, state["step"]) as metrics,
+        Progress(recipe.train.steps, state["step"]) as progress,
+    ):
         loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, metrics, progress, began)
-    after = evaluated(parts, tests, run / "eval" / "after.jsonl")
+        after = evaluated(parts, tests, run / "eval" / "after.jsonl")
     summary = {"method": recipe.name, "seed": recipe.train.seed} | report.summary(before, after, elapsed(state, began))
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.curves(run)
@@ -162,6 +171,10 @@ def run_folder(recipe: config.Recipe, resume: bool) -> Path:
 
 def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]:
     """Write what identifies the run, or with `resume` fill the parts from its last checkpoint."""
+    if resume and not (run / "recipe.yaml").is_file():
+        raise ValueError(f"nothing to resume: {run} holds no run (no recipe.yaml); leave --resume out to begin one")
+    if resume:
+        refuse_another_recipe(run / "recipe.yaml", parts.recipe)
     found = checkpoint.latest(run) if resume else None
     if found:
         optimizer, state = checkpoint.load(found, parts.student, parts.models.get("ema"))
@@ -171,6 +184,21 @@ def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]
     (run / "recipe.yaml").write_text(config.dump(parts.recipe))
     (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
     return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0}
+
+
+def refuse_another_recipe(path: Path, recipe: config.Recipe) -> None:
+    """A run goes on as what it was; how long, on what machine, and how often it is looked at may change."""
+    then, now = (flat(yaml.safe_load(text)) for text in (path.read_text(), config.dump(recipe)))
+    other = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE)]
+    if other:
+        told = ", ".join(f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in other[:4])
+        raise ValueError(f"{path.parent} is a run of another recipe ({told}); go on with its own {path}")
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    deep = [flat(v, f"{above}{k}.") if isinstance(v, dict) else {f"{above}{k}": v} for k, v in tree.items()]
+    return {key: value for part in deep for key, value in part.items()}
 
 
 def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:

@@ -82,6 +82,10 @@ class Adapter(Protocol):
         """The model's keyword inputs for left-padded prompts: `input_ids`, `attention_mask` and media features."""
         ...
 
+    def size(self, view: Inputs) -> int:
+        """At least as many tokens as the view's prompt has, media included; what cuts batches to fit."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
         ...

@@ -29,9 +29,15 @@ class AudioAdapter:
     def view(self, key: str, name: str, messages: list[dict], media: Mapping[str, bytes]) -> Inputs:
         parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
         audio = [self.waveform(key, p["audio"], media) for p in parts if p["type"] == "audio"]
-        prompt = self.template(messages)
-        self.check_length(f"{key!r}, view {name!r},", len(self.tokenizer(prompt)["input_ids"]))
-        return {"key": key, "prompt": prompt, "audio": audio}
+        view = {"key": key, "prompt": self.template(messages), "audio": audio}
+        if self.size(view) > self.max_tokens:
+            self.batch([view])  # the bound is over the limit; the exact length may not be
+        return view
+
+    def size(self, view: Inputs) -> int:
+        """Tokens of the prompt, with one for every frame of its audio: encoders make at most that many."""
+        frames = sum(len(wave) // self.extractor.hop_length + 1 for wave in view["audio"])
+        return len(self.tokenizer(view["prompt"])["input_ids"]) + frames
 
     def waveform(self, key: str, name: str, media: Mapping[str, bytes]) -> np.ndarray:
         if self.extractor is None:

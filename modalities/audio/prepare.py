@@ -117,6 +117,8 @@ def _draft(kind: str, where: str, record: Any, instruction: str) -> Draft | str:
         return f"{where}: {record}" if isinstance(record, str) else READERS[kind](record, where, instruction)
     except SampleError as error:
         return f"{where}: {error}"
+    except (TypeError, KeyError, AttributeError) as error:
+        return f"{where}: a field is not of the form it should have ({error!r})"
 
 
 # ---- how it sounds

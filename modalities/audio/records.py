@@ -18,7 +18,7 @@ Message = dict[str, Any]
 TAG = "<audio>"
 PLACES = ("audio", "audio_url", "path", "url")  # where a content part may name its file
 TEXTS = ("teacher_messages", "teacher_prompt", "transcript", "text")
-USED = {"messages", "prompt", "instruction", "audio", "audios", "answer", "solution", "meta", *TEXTS}
+USED = {"messages", "prompt", "completion", "instruction", "audio", "audios", "answer", "solution", "meta", *TEXTS}
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def _spoken(
     where: str, before: list[Message], prompt: str, instruction: str, answer: str | None, meta: Mapping[str, Any]
 ) -> Draft:
     student = [{"type": "audio", "audio": file_name(0)}, *_text(instruction)]
-    teacher = _text("\n".join(filter(None, (prompt, instruction))))
+    question = "\n".join(filter(None, (prompt, instruction)))
+    teacher = _text(question)
     hears, reads = ([*before, {"role": "user", "content": content}] for content in (student, teacher))
-    return Draft(where, hears, reads, answer, meta, speech=prompt)
+    return Draft(where, hears, reads, answer, {"question": question, **meta}, speech=prompt)
 
 
 def audio_draft(record: Mapping[str, Any], where: str, instruction: str = "") -> Draft:
@@ -75,7 +76,9 @@ def audio_draft(record: Mapping[str, Any], where: str, instruction: str = "") ->
     messages = [{"role": "user", "content": [{"type": "audio"}]}] if bare else conversation(record)
     messages[-1]["content"] += _text(instruction)
     student, audio = _name_files(messages, _listed(record))
-    return Draft(where, student, _teacher(record, student, len(audio)), answer_of(record), meta_of(record), audio=audio)
+    teacher = _teacher(record, student, len(audio))
+    meta = {"question": question_of(teacher), **meta_of(record)}
+    return Draft(where, student, teacher, answer_of(record), meta, audio=audio)
 
 
 # ---- messages
@@ -123,7 +126,8 @@ def _text(text: str) -> list[Message]:
 def _listed(record: Mapping[str, Any]) -> list[str]:
     """Files named beside the messages."""
     audio = record.get("audios", record.get("audio", []))
-    return [audio] if isinstance(audio, str) else [a["path"] if isinstance(a, dict) else a for a in audio]
+    audio = [audio] if isinstance(audio, (str, dict)) else audio
+    return [a["path"] if isinstance(a, dict) else a for a in audio]
 
 
 def _name_files(messages: list[Message], listed: list[str]) -> tuple[list[Message], list[str]]:
@@ -165,14 +169,22 @@ def _written(parts: list[Message], texts: Iterator[str]) -> list[Message]:
 # ---- the rest of a record
 
 
+def question_of(messages: Sequence[Message]) -> str:
+    """What a judge is told was asked: the text of the last user message."""
+    last = next((m for m in reversed(messages) if m["role"] == "user"), {"content": []})
+    return "\n".join(part["text"] for part in last["content"] if part["type"] == "text")
+
+
 def answer_of(record: Mapping[str, Any]) -> str | None:
-    """`answer` or `solution`, or else the text of a closing assistant message."""
+    """`answer` or `solution`, or else `completion`, or the text of a closing assistant message."""
     answer = record.get("answer", record.get("solution"))
     return str(answer) if answer is not None else _closing(record)
 
 
 def _closing(record: Mapping[str, Any]) -> str | None:
-    messages = record.get("messages")
+    messages = record.get("completion") or record.get("messages")
+    if isinstance(messages, str) and record.get("completion"):
+        return messages
     if not messages or isinstance(messages, str) or messages[-1].get("role") != "assistant":
         return None
     content = messages[-1]["content"]

@@ -24,6 +24,12 @@ class PlainEngine:
     ):
         self.model, self.clip, self.lr, self.schedule, self.autocast = model, clip, lr, schedule, autocast
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        narrow = {p.dtype for p in self.parameters} - {torch.float32, torch.float64}
+        if narrow:
+            raise ValueError(
+                f"weights in {', '.join(map(str, narrow))} are too coarse to train: an update of a thousandth rounds "
+                "to nothing; set model.dtype=float32, and engine.autocast=true for products in bfloat16"
+            )
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
     def precision(self) -> AbstractContextManager:

@@ -37,7 +37,7 @@ class Term:
     step_weights: tuple[Callable[..., Tensor], ...] = ()
     row_weights: tuple[Callable[..., Tensor], ...] = ()
     scale: float | Callable[[int, int], float] = 1.0
-    reduction: Callable[..., Tensor] = REDUCTIONS["token"]
+    reduction: Callable[..., Tensor] = REDUCTIONS["sequence"]
 
     @classmethod
     def build(
@@ -48,7 +48,7 @@ class Term:
         advantages: Sequence[Spec] = (),
         surrogate: Spec | None = None,
         scale: float | int | Spec = 1.0,
-        reduction: Spec = "token",
+        reduction: Spec = "sequence",
     ) -> "Term":
         """A term from the lines of a recipe. Raises ValueError for unknown pieces or options, and for half a term.
 
@@ -56,6 +56,8 @@ class Term:
         """
         refuse_half_a_term(divergence, advantages, surrogate)
         compare = None if divergence is None else pick("divergence", DIVERGENCES | SAMPLED, divergence)
+        if surrogate is not None and "top_kl" in map(name_of, weights):
+            raise ValueError("top_kl weighs tokens by the divergence, which a policy term has not")
         by_row = [name_of(w) in ROW_WEIGHTS for w in weights]
         picked = [pick("weight", WEIGHTS, w) for w in weights]
         return cls(

@@ -105,7 +105,10 @@ class HFSampler:
         return out
 
     def pairs_at_once(self, pairs: Sequence[Pair], view: str, answers: int) -> int:
-        width = self.adapter.batch([pairs[0].views[view]])["input_ids"].shape[1] if pairs else 1
+        if not pairs:
+            return 1
+        longest = max((pair.views[view] for pair in pairs), key=self.adapter.size)
+        width = self.adapter.batch([longest])["input_ids"].shape[1]
         return max(1, self.batch_tokens // ((width + self.max_tokens) * answers))
 
     def answer(

@@ -40,14 +40,19 @@ def flat(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[mask[:, : hidden.shape[1]]]
 
 
+def sampled_tokens(rollouts: Sequence[Rollout]) -> Tensor:
+    """[N]: the tokens of all answers in the order of `flat`."""
+    return torch.tensor([token for r in rollouts for token in r.tokens])
+
+
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """[B, T] from values [N] of the real tokens, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def student_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
+def token_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
     """log p [B, T] of the sampled tokens, with gradient where `hidden` has one."""
-    ids = response_tokens(rollouts).to(hidden.device)[mask[:, : hidden.shape[1]]]
+    ids = sampled_tokens(rollouts).to(hidden.device)
     return spread(vocab.token_logp(flat(hidden, mask), head(model), ids), mask)
 
 
@@ -58,12 +63,27 @@ def divergence(
     mask: Tensor,
     size: int | None,
 ) -> Tensor:
-    """fn(log p, log q) [B, T] over the whole vocabulary of `size`; each side is (model, hidden states)."""
+    """fn(log p, log q) [B, T] over the whole vocabulary of `size`; each side is (model, hidden states).
+
+    The gradient goes to the student's side alone.
+    """
     (model_s, hidden_s), (model_t, hidden_t) = student, teacher
-    per_token = vocab.divergence(
-        fn, flat(hidden_s, mask), head(model_s), flat(hidden_t, mask).to(hidden_s.device), head(model_t), vocab=size
-    )
+    theirs = flat(hidden_t.detach(), mask).to(hidden_s.device)
+    per_token = vocab.divergence(fn, flat(hidden_s, mask), head(model_s), theirs, head(model_t), vocab=size)
     return spread(per_token, mask)
+
+
+def divergence_of_both(
+    fn: Callable[[Tensor, Tensor], Tensor],
+    student: tuple[PreTrainedModel, Tensor],
+    teacher: tuple[PreTrainedModel, Tensor],
+    mask: Tensor,
+    size: int | None,
+) -> Tensor:
+    """The same value, with gradient to both sides: the teacher's from the divergence with its sides exchanged."""
+    value = divergence(fn, student, teacher, mask, size)
+    back = divergence(lambda q, p: fn(p, q), teacher, student, mask, size)
+    return value + (back - back.detach()).to(value.device)
 
 
 @torch.no_grad()
@@ -71,6 +91,6 @@ def statistics(
     model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """log-prob of the sampled tokens and entropy of the distribution they came from, each [B, T]."""
-    ids = response_tokens(rollouts).to(hidden.device)[mask[:, : hidden.shape[1]]]
+    ids = sampled_tokens(rollouts).to(hidden.device)
     logp, entropy = vocab.statistics(flat(hidden, mask), head(model), ids)
     return spread(logp, mask), spread(entropy, mask)

@@ -40,6 +40,8 @@ Response 2:
 {target}
 
 1 or 0?"""
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+COLUMNS = ("prompts", "completions", "key", "answer", "meta", "finished", "reference", "fail")
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 
 
@@ -60,6 +62,9 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     reward = outside("judge", name)
     if not callable(reward) or not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward).parameters.values()):
         raise ValueError(f"judge {name!r} must be a TRL reward: a function (prompts, completions, **columns)")
+    needs = [p.name for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind in NAMED]
+    if lacking := [column for column in needs if column not in {*COLUMNS, *(options or {})}]:
+        raise ValueError(f"judge {name!r} needs the column {lacking[0]!r}; there are: {', '.join(COLUMNS)}")
     return partial(reward, **options) if options else reward
 
 
