@@ -46,7 +46,7 @@ def test_a_sample_becomes_views_the_model_can_read(family):
         (
             {},
             {"type": "text", "text": "two plus " * 400},
-            "'k7', view 'student', has a prompt of .* the model reads 512",
+            "'k7' has a prompt of .* the model reads 512",
         ),
     ],
     ids=["missing", "broken", "silent", "too long", "too many tokens"],
@@ -66,3 +66,16 @@ def test_padding_is_on_the_left_and_changes_no_prompt(family):
     for row, view in enumerate(views):
         alone = adapter.batch([view])["input_ids"][0]
         assert together["input_ids"][row][together["attention_mask"][row].bool()].tolist() == alone.tolist()
+
+
+def test_audio_that_grows_past_the_limit_is_refused_before_it_is_sampled_from(tokenizer):
+    from conftest import omni
+
+    processor = omni(tokenizer)[1]
+    pair = AudioAdapter(processor, 512).pair(sample({"q.flac": encode(tone(8.0), 8000)}))
+    view = pair.views["student"]
+    length = AudioAdapter(processor, 512).batch([view])["input_ids"].shape[1]
+    assert length <= AudioAdapter(processor, 512).size(view)
+    assert AudioAdapter(processor, length).pair(sample({"q.flac": encode(tone(8.0), 8000)})).key == "k7"
+    with pytest.raises(SampleError, match=f"'k7' has a prompt of {length} tokens; the model reads {length - 1}"):
+        AudioAdapter(processor, length - 1).pair(sample({"q.flac": encode(tone(8.0), 8000)}))

@@ -1,6 +1,7 @@
 """What is saved stays good, whatever happens while the next checkpoint is written or read."""
 
 import json
+import pickle
 import resource
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # no file above 1 MB, as on a disk that is nearly full
     try:
         with pytest.raises(
-            OSError, match=r"step 2 could not be written.*the last good one is .*step-000001; make room"
+            OSError, match=r"step 2 could not be written.*the last good checkpoint is .*step-000001; make room"
         ):
             checkpoint.save(run, model, processor, optimizer.state_dict(), {"step": 2}, keep=2)
     finally:
@@ -82,3 +83,17 @@ def test_three_steps_in_a_row_without_a_finite_gradient_stop_the_run():
     assert train.skipped_in_a_row({"skipped": 0.0}, state, 0) == 0
     with pytest.raises(RuntimeError, match=r"3 steps in a row, up to step 10.*not finite: loss/tokens\)"):
         train.skipped_in_a_row(bad, state, 9)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(saved, tokenizer):
+    run, *_ = saved
+    folder = checkpoint.latest(run)
+    torch.save({"state": Surprise()}, folder / "optimizer.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        checkpoint.load(folder, omni(tokenizer)[0])
+    assert not (run / "surprise").exists()
+
+
+class Surprise:
+    def __reduce__(self):
+        return (open, ("surprise", "w"))

@@ -82,3 +82,44 @@ def test_show_prints_what_load_reads(capsys, tmp_path):
     assert main(["show", CORD, "train.steps=2"]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     assert config.load(str(tmp_path / "shown.yaml")) == load("train.steps=2")
+
+
+def test_a_piece_takes_the_place_of_another_with_its_options():
+    recipe = load("judge.name={llm: {model: m}}", "optim.schedule={linear: {warmup: 3}}", "train.seed=4")
+    assert recipe.judge.name == {"llm": {"model": "m"}} and recipe.optim.schedule == {"linear": {"warmup": 3}}
+    assert load("optim.schedule={cosine: {warmup: 9}}").optim.schedule["cosine"] == {"warmup": 9, "final": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=[", r"the value of train.steps=\[ is not YAML"),
+        ("run_dir=!!python/object/apply:os.getcwd []", "is not YAML: could not determine a constructor"),
+        ("checkpoint.every=0", "'checkpoint.every' is 0: .*greater than or equal to 1"),
+        ("train.prompts=0", "'train.prompts' is 0"),
+        ("eval.samples=0", "'eval.samples' is 0"),
+        ("judge.reference.n=4", "judge.reference.n is 4; the judge compares with one answer"),
+        ("objective.tokens.teacher={model: ema, stop_gradient: false}", "needs a teacher that moves"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        load(override)
+
+
+def test_an_include_may_be_one_name_or_none(tmp_path):
+    (tmp_path / "a.yaml").write_text("include: b.yaml\nname: a\n")
+    (tmp_path / "b.yaml").write_text("include:\nname: b\ntrain: {steps: 3}\n")
+    assert config.read(tmp_path / "a.yaml") == {"name": "a", "train": {"steps": 3}}
+
+
+def test_every_key_of_a_recipe_is_on_the_page_about_recipes():
+    page = (Path(CORD).parent / "README.md").read_text()
+
+    def names(part):
+        for name, field in part.model_fields.items():
+            yield name
+            if inner := config._inner(field.annotation):
+                yield from names(inner)
+
+    assert [name for name in names(config.Recipe) if name not in page] == []

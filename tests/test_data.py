@@ -205,7 +205,8 @@ def test_a_missing_shard_is_answered_with_what_exists(folder, tmp_path):
 
 
 def test_an_index_may_not_run_a_command_or_be_nonsense(tmp_path):
-    for text in ('{"shardlist": [{"url": "pipe:touch pwned"}]}', "[", "[]", '{"shardlist": [3]}'):
+    command, count = '{"shardlist": [{"url": "PIPE:touch pwned"}]}', '{"shardlist": [{"url": "a", "nsamples": "x"}]}'
+    for text in (command, command.replace("PIPE", "pipe"), count, "[", "[]", '{"shardlist": [3]}'):
         (tmp_path / "index.json").write_text(text)
         with pytest.raises(ValueError, match=r"index .*index\.json cannot be used"):
             Shards(str(tmp_path))
@@ -224,6 +225,7 @@ def spoiled(tmp_path, spoil, count=150):
     [
         (lambda files: {**files, "json": b'{"views": '}, "its .json is broken"),
         (lambda files: {**files, "json": b"\xff"}, "its .json is broken"),
+        (lambda files: sample("x", meta="oops"), 'its "meta" is str, not a mapping'),
         (lambda files: {"json": files["json"]}, "view 'student' names the file 'question.flac'; the shard has none"),
         (lambda files: {"question.flac": b""}, "it has no .json file"),
         (lambda files: {**files, "json": b'{"text": "hello"}'}, 'its .json has no "views"'),
@@ -262,6 +264,9 @@ class Picky:
 
     def text(self, prompt):
         return {}
+
+    def size(self, view):
+        raise AssertionError("data asks for pairs only")
 
     def batch(self, views):
         return {}
@@ -348,3 +353,14 @@ def test_members_that_point_outside_are_never_written(tmp_path):
     (tmp_path / "in" / "x.tar").write_bytes(out.getvalue())
     list(Shards(str(tmp_path / "in")).samples(epochs=1))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "x.tar"]
+
+
+def test_a_sample_without_a_view_the_recipe_names_is_skipped_by_name(tmp_path):
+    def spoil(name, files):
+        return (
+            sample(name, views={"student": json.loads(files["json"])["views"]["student"]}) if name == "s0n3" else files
+        )
+
+    shards = Shards(write(tmp_path / "data", (150,), spoil=spoil), shuffle=False, views={"student", "teacher"})
+    assert len(keys(shards.samples(epochs=1))) == 149
+    assert list(shards.broken.values()) == ["it has no view 'teacher' (has: student)"]

@@ -1,5 +1,6 @@
 """Sharing a prompt among its answers must change nothing: not the values, not any gradient, media included."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -120,3 +121,31 @@ def test_without_stop_gradient_both_sides_move_as_in_the_dense_form(tokenizer):
         slopes = torch.autograd.grad(value, moved)
         torch.testing.assert_close(value, dense)
         torch.testing.assert_close(slopes, expected[: len(slopes)])
+
+
+def test_answers_shorter_than_the_widest_of_their_piece_keep_their_tokens(family, rollouts):
+    _, model, _, adapter = family
+    cut = [replace(r, tokens=r.tokens[:2], logps=r.logps[:2]) for r in rollouts[:3]]
+    some = [*cut, *rollouts[3:]]
+    mask = token_batch(some).mask
+    hidden = Responses(adapter).hidden(model, some, "student")
+    whole = token_logp(model, hidden, some, mask)
+    torch.testing.assert_close(token_logp(model, hidden[:3], cut, mask[:3]), whole[:3])
+
+
+def test_a_model_that_gives_nan_does_not_pass_the_self_test(family, rollouts):
+    _, model, _, adapter = family
+    lost = [replace(r, logps=[float("nan")] * len(r.logps)) for r in rollouts]
+    with pytest.raises(RuntimeError, match="sampler and training forward disagree"):
+        check_sampler(model, Responses(adapter), lost)
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_asked(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Mine"], "model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}})
+    )
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(
+        ValueError, match=r"is a Mine, which transformers .* does not have; set model.trust_remote_code"
+    ):
+        models.load_model(str(tmp_path))

@@ -1,5 +1,6 @@
 """Every recipe in configs/ resolves; every method takes a step that is finite and reaches the student."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def test_cord_is_the_papers():
         "tokens": {"n": 1, "temperature": 1.0},
         "sequences": {"n": 4, "temperature": 1.5},
     }
+
+
+def test_what_cannot_teach_or_train_is_refused(world, tmp_path):
+    from tools import build_tiny
+
+    load = lambda *overrides: build(config.load(world["recipe"], overrides))  # noqa: E731
+    with pytest.raises(ValueError, match=r"weights in torch\.bfloat16 are too coarse to train"):
+        load("model.dtype=bfloat16")
+    other = tmp_path / "other"
+    shutil.copytree(world["folder"] / "model", other)
+    words = build_tiny.make_tokenizer(["other words make other tokens, and these are other words"])
+    build_tiny.make_processor(words).save_pretrained(other)
+    with pytest.raises(ValueError, match="has another vocabulary"):
+        load(f"objective.tokens.teacher.model={other}")
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"weights in .*other are broken"):
+        load(f"model.name={other}")

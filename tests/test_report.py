@@ -225,7 +225,10 @@ def test_the_closing_table_says_why_nothing_was_closed():
 
 def test_one_evaluation_has_a_table_too():
     out = io.StringIO()
-    report.print_accuracies(records([1, 1, 1, 1], [1, 0, 1, 0], "ab"), Console(file=out, width=80))
+    kls = [{"token_kl": kl} for kl in (0.1, 0.3, 0.1, 0.3)]
+    rows = [r | kl for r, kl in zip(records([1, 1, 1, 1], [1, 0, 1, 0], "ab"), kls, strict=True)]
+    report.print_accuracies(rows, Console(file=out, width=80))
+    assert "token KL(student view || text view): 0.200 nats [0.1" in out.getvalue()
     rows = [line.split() for line in out.getvalue().splitlines() if "100.0" in line]
     assert rows == [["all", "100.0", "50.0", "50.0"], ["a", "100.0", "100.0", "0.0"], ["b", "100.0", "0.0", "100.0"]]
 

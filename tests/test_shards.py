@@ -161,6 +161,22 @@ def test_a_lost_shard_is_made_again_alone(tmp_path):
     assert contents(out) == before and (out / "shard-000000.tar").stat().st_mtime_ns == kept
 
 
+def test_a_broken_index_and_a_full_disk_are_named_and_leave_nothing_behind(tmp_path, monkeypatch):
+    settings = {**SETTINGS, "count": 2, "workers": 1}
+    prepare(tmp_path / "out", **settings)
+    (tmp_path / "out" / "index.json").write_text('{"shardlist')
+    with pytest.raises(ValueError, match=r"index\.json is broken .*delete it"):
+        prepare(tmp_path / "out", **settings)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"could not be written .*No space left on device.* are good"):
+        prepare(tmp_path / "full", **settings)
+    assert list((tmp_path / "full").iterdir()) == []
+
+
 def test_tars_of_unknown_origin_are_not_overwritten(tmp_path):
     (tmp_path / "mine.tar").write_bytes(b"precious")
     with pytest.raises(ValueError, match="holds tars of unknown origin"):
@@ -215,6 +231,7 @@ def test_prompts_are_spoken_with_an_instruction_in_both_views(tmp_path):
     ]
     assert (first["answer"], first["meta"]["level"], first["meta"]["source"]) == ("4", "easy", "records.jsonl line 1")
     assert second["views"]["student"][0]["content"][1]["text"] == "Say why."
+    assert second["meta"]["question"] == "And three?\nSay why."
     assert (second["answer"], second["meta"]["level"]) == ("six", "hard")
 
 
@@ -260,6 +277,12 @@ SAID = {"transcript": "good morning", "answer": "good morning"}
         {"messages": [{"role": "user", "content": "<audio>What was said?"}], "audios": ["a.wav"], **SAID},
         {"prompt": "<audio>\nWhat was said?", "audios": [{"path": "a.wav"}], **SAID},
         {"audio": "a.wav", "instruction": "What was said?", **SAID},
+        {"audio": {"path": "a.wav", "bytes": None}, "instruction": "What was said?", **SAID},
+        {
+            "prompt": conversation(AUDIO, TEXT),
+            "completion": [{"role": "assistant", "content": "good morning"}],
+            "text": "good morning",
+        },
         {"audio": "a.wav", "instruction": "What was said?", "text": "good morning", "answer": "good morning"},
         {"prompt": conversation(AUDIO, TEXT), "teacher_messages": READ, "answer": "good morning", "text": "other"},
         {
@@ -316,6 +339,10 @@ def test_several_recordings_keep_their_places(recordings):
             "text",
             {"messages": [{"role": "system", "content": "x"}]},
             "line 2: its messages do not end in a user message",
+        ),
+        *(
+            ("audio", {"audio": "a.wav", "text": "x", **odd}, "line 2: a field is not of the form it should have")
+            for odd in ({"meta": "x"}, {"audios": None}, {"text": 5}, {"text": [5]})
         ),
         ("audio", {"audio": "a.wav"}, "line 2: it has no text for the teacher view; add one of teacher_messages, "),
         ("audio", {"audio": "no.wav", "text": "x"}, r"line 2: audio file .*no\.wav: no such file"),
@@ -392,7 +419,7 @@ def test_shards_are_filtered_merged_and_cut_anew(run, tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--where", "tsk=arithmetic"), "no sample has the meta field 'tsk'; have: instance, response"),
+        (("--where", "tsk=arithmetic"), "no sample has the meta field 'tsk'; have: instance, question, response"),
         (("--where", "arithmetic"), "--where 'arithmetic' is not FIELD=VALUE"),
         (("--where", "task=cooking"), "nothing to write: 0 records"),
     ],
@@ -404,6 +431,7 @@ def test_a_filter_that_fits_nothing_says_so(run, tasks, tmp_path, arguments, mes
 
 def test_inspect_shows_text_answer_and_sound(run, tasks):
     _, shown, _ = run("inspect", tasks, "-n", 2)
+    assert run("--inspect", tasks, "-n", 2)[1] == shown
     first = samples(tasks)[0]
     assert first["views"]["teacher"][0]["content"][0]["text"] in shown and f"answer: {first['answer']}" in shown
     assert f"{first['meta']['seconds']:.2f} s, 16000 Hz, peak 0." in shown

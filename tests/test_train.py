@@ -17,6 +17,7 @@ from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGenerati
 from xmodal_opd import config, step, train
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.checkpoint import latest
+from xmodal_opd.objective import Term
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -134,6 +135,71 @@ def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path,
     _, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
+
+
+def test_a_run_goes_on_as_what_it_was_and_is_measured_anew(world, tmp_path):
+    _, folder = run(world, tmp_path, "train.steps=1", "eval.every=0")
+    (folder / "eval" / "after.jsonl").write_text("of a shorter run")
+    summary, _ = run(world, tmp_path, "train.steps=2", "eval.every=0", resume=True)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2 and summary["questions"] == 6
+    with pytest.raises(ValueError, match=r"run of another recipe \(optim.lr: 0.001 there, 0.5 now\)"):
+        run(world, tmp_path, "optim.lr=0.5", resume=True)
+    with pytest.raises(ValueError, match=r"nothing to resume: .*typo holds no run"):
+        run(world, tmp_path / "typo", resume=True)
+
+
+def test_an_average_of_the_weights_is_kept_and_comes_back(world, tmp_path):
+    teacher = ["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5", "eval.every=0"]
+    run(world, tmp_path / "once", *teacher, "train.steps=3")
+    run(world, tmp_path / "twice", *teacher, "train.steps=2")
+    run(world, tmp_path / "twice", *teacher, "train.steps=3", resume=True)
+    once, twice = (load_file(latest(tmp_path / name / "run") / "ema.safetensors") for name in ("once", "twice"))
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    student = load_file(latest(tmp_path / "once" / "run") / "model.safetensors")
+    assert any(not torch.equal(once[name], student[name]) for name in once)
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_told_with_what_is_good(world, tmp_path, monkeypatch, capsys):
+    from xmodal_opd.cli import main
+    from xmodal_opd.metrics import Metrics
+
+    write = Metrics.write
+
+    def full(self, step, values):
+        if step == 2:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(self, step, values)
+
+    monkeypatch.setattr(Metrics, "write", full)
+    assert main(["train", world["recipe"], f"run_dir={tmp_path / 'run'}", "eval.every=0"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the disk is full, and metrics.jsonl could not be written; the last good checkpoint is" in error
+    assert "step-000001; make room and run with --resume" in error
+
+
+def test_the_command_makes_its_shards_once_and_ends_with_the_table(world, tmp_path, capsys):
+    from xmodal_opd.cli import main
+
+    data = [f"data.{split}={tmp_path / split}" for split in ("train", "test")]
+    options = [*data, "data.prepare={train: 6, test: 3}", "train.steps=1", "eval.every=0"]
+    assert main(["train", world["recipe"], *options, f"run_dir={tmp_path / 'one'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "closed" in shown and "n = 3" in shown and shown.strip().endswith(f"run folder: {tmp_path / 'one'}")
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("t*/*.tar")}
+    assert main(["train", world["recipe"], *options, f"run_dir={tmp_path / 'two'}"]) == 0
+    assert made and {path: path.stat().st_mtime_ns for path in tmp_path.glob("t*/*.tar")} == made
+
+
+def test_a_nan_advantage_without_a_judge_reaches_the_engine(world):
+    parts = build(config.load(world["recipe"], ["judge=null", "objective.sequences=null"]))
+    pairs = [pair for _, (_, pair) in zip(range(2), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)]
+    sampled, _ = step.sample(parts, pairs, 0)
+    lost = Term.build(surrogate="reinforce", advantages=[f"{__name__}:nothing"])
+    assert step.judge_term(parts, lost, "tokens", sampled).advantage.isnan().any()
+
+
+def nothing(batch, advantage):
+    return advantage + float("nan")
 
 
 def test_however_a_step_is_cut_the_gradient_is_the_same(world):

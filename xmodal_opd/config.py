@@ -27,6 +27,9 @@ Loader.add_implicit_resolver(
 
 PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  # keys that hold {piece: options}
 
+# when a run goes on
+MAY_CHANGE = ("train.steps", "train.threads", "eval.", "checkpoint.", "engine.device", "engine.micro_tokens", "run_dir")
+
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,14 +64,14 @@ class Data(Part):
 
 
 class Sampling(Part):
-    n: int = Field(1, ge=1)
+    n: int = Field(default=1, ge=1)
     temperature: float = Field(1.0, ge=0)  # 0 is greedy
     view: str = "student"
 
 
 class Rollout(Part):
-    max_tokens: int = Field(200, ge=1)
-    batch_tokens: int = Field(16384, ge=1)
+    max_tokens: int = Field(default=200, ge=1)
+    batch_tokens: int = Field(default=16384, ge=1)
     samplings: dict[str, Sampling]
 
 
@@ -118,29 +121,31 @@ class Engine(Part):
     name: Literal["plain"] = "plain"
     device: str = "auto"  # "cpu", "cuda", or whichever there is
     autocast: bool = False  # bfloat16 products on float32 weights
-    micro_tokens: int = Field(16384, ge=1)  # prompt and answer tokens in one forward with gradient, padding included
+    micro_tokens: int = Field(
+        default=16384, ge=1
+    )  # prompt and answer tokens in one forward with gradient, padding included
     share_prefix: bool = True
     ema_rate: float = 0.01
 
 
 class Train(Part):
-    steps: int = Field(100, ge=1)
-    prompts: int = Field(32, ge=1)  # questions a step
+    steps: int = Field(default=100, ge=1)
+    prompts: int = Field(default=32, ge=1)  # questions a step
     seed: int = 0
     threads: int | None = None  # CPU threads; default: all cores
 
 
 class Eval(Part):
-    every: int = Field(0, ge=0)  # steps between evaluations on `during` questions; 0: only before and after
-    during: int = Field(100, ge=1)
-    samples: int | None = Field(None, ge=1)  # questions before and after; default: all
-    batch: int = Field(24, ge=1)
+    every: int = Field(default=0, ge=0)  # steps between evaluations on `during` questions; 0: only before and after
+    during: int = Field(default=100, ge=1)
+    samples: int | None = Field(default=None, ge=1)  # questions before and after; default: all
+    batch: int = Field(default=24, ge=1)
     kl: bool = True
 
 
 class Checkpoint(Part):
-    every: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class Recipe(Part):
@@ -317,3 +322,18 @@ def hint(word: str, words: Sequence[str] | Mapping[str, Any]) -> str:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def refuse_another_recipe(path: Path, recipe: Recipe) -> None:
+    """A run goes on as what it was; how long, on what machine, and how often it is looked at may change."""
+    then, now = (flat(yaml.safe_load(text)) for text in (path.read_text(), dump(recipe)))
+    other = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE)]
+    if other:
+        told = ", ".join(f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in other[:4])
+        raise ValueError(f"{path.parent} is a run of another recipe ({told}); go on with its own {path}")
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    deep = [flat(v, f"{above}{k}.") if isinstance(v, dict) else {f"{above}{k}": v} for k, v in tree.items()]
+    return {key: value for part in deep for key, value in part.items()}

@@ -61,7 +61,7 @@ def print_accuracies(records: Sequence[Mapping[str, Any]], console: Console | No
     parts = {task: accuracies(some) for task, some in tasks.items()}
     console = console or Console()
     console.print(_table(heads, accuracies(records), parts))
-    if records and records[0]["token_kl"] is not None:
+    if records and records[0].get("token_kl") is not None:
         kls = [r["token_kl"] for r in records]
         low, high = bootstrap_interval(kls)
         console.print(

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from xmodal_opd import checkpoint, config, evaluate, report
 from xmodal_opd.build import Parts, build, open_shards
@@ -23,7 +22,6 @@ from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair
 
-MAY_CHANGE = ("train.steps", "train.threads", "eval.", "checkpoint.", "engine.device", "engine.micro_tokens", "run_dir")
 PROBE = 4  # questions
 PATIENCE = 3  # steps in a row without a finite gradient
 
@@ -174,7 +172,7 @@ def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]
     if resume and not (run / "recipe.yaml").is_file():
         raise ValueError(f"nothing to resume: {run} holds no run (no recipe.yaml); leave --resume out to begin one")
     if resume:
-        refuse_another_recipe(run / "recipe.yaml", parts.recipe)
+        config.refuse_another_recipe(run / "recipe.yaml", parts.recipe)
     found = checkpoint.latest(run) if resume else None
     if found:
         optimizer, state = checkpoint.load(found, parts.student, parts.models.get("ema"))
@@ -184,21 +182,6 @@ def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]
     (run / "recipe.yaml").write_text(config.dump(parts.recipe))
     (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
     return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0}
-
-
-def refuse_another_recipe(path: Path, recipe: config.Recipe) -> None:
-    """A run goes on as what it was; how long, on what machine, and how often it is looked at may change."""
-    then, now = (flat(yaml.safe_load(text)) for text in (path.read_text(), config.dump(recipe)))
-    other = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE)]
-    if other:
-        told = ", ".join(f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in other[:4])
-        raise ValueError(f"{path.parent} is a run of another recipe ({told}); go on with its own {path}")
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    deep = [flat(v, f"{above}{k}.") if isinstance(v, dict) else {f"{above}{k}": v} for k, v in tree.items()]
-    return {key: value for part in deep for key, value in part.items()}
 
 
 def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:

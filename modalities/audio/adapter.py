@@ -36,7 +36,8 @@ class AudioAdapter:
 
     def size(self, view: Inputs) -> int:
         """Tokens of the prompt, with one for every frame of its audio: encoders make at most that many."""
-        frames = sum(len(wave) // self.extractor.hop_length + 1 for wave in view["audio"])
+        hop = getattr(self.extractor, "hop_length", 1)
+        frames = sum(len(wave) // hop + 1 for wave in view["audio"])
         return len(self.tokenizer(view["prompt"])["input_ids"]) + frames
 
     def waveform(self, key: str, name: str, media: Mapping[str, bytes]) -> np.ndarray:
