@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Build the small default model from nothing: a few-million-parameter Qwen2.5-Omni thinker that answers questions well
-as text and poorly as speech, because it saw few spoken ones. That difference is the audio-text gap a first run closes.
+as text and as clean speech, the only speech it hears here. Background noise is new to it and takes most of its hearing
+away: that is the audio-text gap a first run closes.
 
     python tools/build_tiny.py xmodal_opd/assets/tiny --seed 0
 
-Stages, from one seed: questions as text; hearing, by CTC; a few spoken questions with their answers. Each
-stage is a pure function of the one before and the seed, and is kept in --work, so that a stopped build goes on.
+Stages, from one seed: questions as text; hearing, by CTC; spoken questions with their answers. Each stage is a pure
+function of the one before and the seed, and is kept in --work, so that a stopped build goes on.
 """
 
 import argparse
