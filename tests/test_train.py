@@ -128,6 +128,7 @@ SCORING = ["scoring.teacher={divergence: true}", "scoring.student={view: student
             id="both sides, sampled",
         ),
         pytest.param(["engine.share_prefix=false"], id="repeated prompts"),
+        pytest.param(["engine.autocast=true"], id="autocast"),
         pytest.param(["model.train=[all]", *SCORING, "objective.tokens.weights=[tip]"], id="tip"),
     ],
 )
@@ -137,15 +138,15 @@ def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path,
     assert len(lines) == 2 and all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
 
 
-def test_a_run_goes_on_as_what_it_was_and_is_measured_anew(world, tmp_path):
+def test_a_run_goes_on_as_what_it_was_and_is_measured_anew(world, tmp_path, capsys):
     _, folder = run(world, tmp_path, "train.steps=1", "eval.every=0")
     (folder / "eval" / "after.jsonl").write_text("of a shorter run")
     summary, _ = run(world, tmp_path, "train.steps=2", "eval.every=0", resume=True)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2 and summary["questions"] == 6
     with pytest.raises(ValueError, match=r"run of another recipe \(optim.lr: 0.001 there, 0.5 now\)"):
         run(world, tmp_path, "optim.lr=0.5", resume=True)
-    with pytest.raises(ValueError, match=r"nothing to resume: .*typo holds no run"):
-        run(world, tmp_path / "typo", resume=True)
+    run(world, tmp_path / "new", "train.steps=1", "eval.every=0", resume=True)  # a script that always resumes
+    assert f"nothing to resume in {tmp_path / 'new' / 'run'}: a new run begins there" in capsys.readouterr().out
 
 
 def test_an_average_of_the_weights_is_kept_and_comes_back(world, tmp_path):

@@ -170,8 +170,8 @@ def run_folder(recipe: config.Recipe, resume: bool) -> Path:
 def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]:
     """Write what identifies the run, or with `resume` fill the parts from its last checkpoint."""
     if resume and not (run / "recipe.yaml").is_file():
-        raise ValueError(f"nothing to resume: {run} holds no run (no recipe.yaml); leave --resume out to begin one")
-    if resume:
+        print(f"nothing to resume in {run}: a new run begins there")
+    elif resume:
         config.refuse_another_recipe(run / "recipe.yaml", parts.recipe)
     found = checkpoint.latest(run) if resume else None
     if found:

@@ -1,6 +1,6 @@
 """What local models think of sampled answers: hidden states under a view, and the numbers read off them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,11 @@ from transformers import PreTrainedModel
 
 from xmodal_opd.models import head, hidden_repeated, hidden_shared
 from xmodal_opd.objective import vocab
+from xmodal_opd.objective.vocab import Divergence
 from xmodal_opd.tokens import response_tokens
 from xmodal_opd.types import Adapter, Rollout
+
+Side = tuple[PreTrainedModel, Tensor]  # a model and its hidden states [B, T, H]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Responses:
         return hidden_shared(model, self.prompts(model, list(firsts.values()), view), tokens, owner, grad)
 
     def prompts(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str) -> dict[str, Tensor]:
-        return {k: v.to(model.device) for k, v in self.adapter.batch([r.pair.views[view] for r in rollouts]).items()}
+        with torch.autocast("cpu", enabled=False):  # features are the extractor's own, whatever the model runs in
+            inputs = self.adapter.batch([r.pair.views[view] for r in rollouts])
+        return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 def flat(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -56,30 +61,15 @@ def token_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollou
     return spread(vocab.token_logp(flat(hidden, mask), head(model), ids), mask)
 
 
-def divergence(
-    fn: Callable[[Tensor, Tensor], Tensor],
-    student: tuple[PreTrainedModel, Tensor],
-    teacher: tuple[PreTrainedModel, Tensor],
-    mask: Tensor,
-    size: int | None,
-) -> Tensor:
-    """fn(log p, log q) [B, T] over the whole vocabulary of `size`; each side is (model, hidden states).
-
-    The gradient goes to the student's side alone.
-    """
+def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: int | None) -> Tensor:
+    """fn(log p, log q) [B, T] over the whole vocabulary of `size`, with gradient to the student's side alone."""
     (model_s, hidden_s), (model_t, hidden_t) = student, teacher
     theirs = flat(hidden_t.detach(), mask).to(hidden_s.device)
     per_token = vocab.divergence(fn, flat(hidden_s, mask), head(model_s), theirs, head(model_t), vocab=size)
     return spread(per_token, mask)
 
 
-def divergence_of_both(
-    fn: Callable[[Tensor, Tensor], Tensor],
-    student: tuple[PreTrainedModel, Tensor],
-    teacher: tuple[PreTrainedModel, Tensor],
-    mask: Tensor,
-    size: int | None,
-) -> Tensor:
+def divergence_of_both(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: int | None) -> Tensor:
     """The same value, with gradient to both sides: the teacher's from the divergence with its sides exchanged."""
     value = divergence(fn, student, teacher, mask, size)
     back = divergence(lambda q, p: fn(p, q), teacher, student, mask, size)
