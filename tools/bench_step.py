@@ -21,7 +21,9 @@ def measure(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
 
     from xmodal_opd import config, step
     from xmodal_opd.build import build, open_shards
+    from xmodal_opd.cli import quiet
 
+    quiet()
     answers = [f"rollout.samplings.{name}.n={group}" for name in config.load(recipe_path, overrides).rollout.samplings]
     figures, gradients = {}, {}
     for name in ("repeated", "shared"):
