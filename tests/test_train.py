@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ SCORING = ["scoring.teacher={divergence: true}", "scoring.student={view: student
         pytest.param(["objective.tokens.teacher.model=initial"], id="initial"),
         pytest.param(["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5"], id="ema"),
         pytest.param(["objective.tokens.sampling=sequences", "rollout.samplings.tokens=null"], id="shared rollouts"),
-        pytest.param([f"objective.anchor={ANCHOR}"], id="text anchor"),
+        pytest.param([f"objective.anchor={ANCHOR}", "model.train=[all]"], id="text anchor"),
         pytest.param(["objective.tokens.divergence=k2", "objective.tokens.weights=[]"], id="sampled"),
         pytest.param(["objective.tokens.teacher.stop_gradient=false", "model.train=[all]"], id="both sides"),
         pytest.param(
@@ -136,6 +137,8 @@ def test_options_the_paper_leaves_open_run_and_move_the_student(world, tmp_path,
     _, folder = run(world, tmp_path, "train.steps=2", "eval.every=0", *overrides)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
+    if any("anchor" in override for override in overrides):  # zero until the student has moved away
+        assert lines[0]["distill/anchor"] == pytest.approx(0, abs=1e-6) and lines[1]["distill/anchor"] > 1e-6
 
 
 def test_a_run_goes_on_as_what_it_was_and_is_measured_anew(world, tmp_path, capsys):
@@ -207,6 +210,11 @@ def test_however_a_step_is_cut_the_gradient_is_the_same(world):
     gradients = []
     for budget in (10**6, 200, 1):
         parts = build(config.load(world["recipe"], [f"engine.micro_tokens={budget}", "optim.clip=1e9"]))
+        # a random model rarely ends an answer and is never right: end at any fifth token, and reward by length
+        ragged = replace(parts.sampler, eos=list(range(0, parts.vocab, 5)))
+        parts = replace(
+            parts, sampler=ragged, judge=lambda prompts, completions, **_: [len(c) % 3 for c in completions]
+        )
         pairs = [
             pair for _, (_, pair) in zip(range(3), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)
         ]
@@ -214,7 +222,8 @@ def test_however_a_step_is_cut_the_gradient_is_the_same(world):
         parts.engine.step = lambda _number, parts=parts, kept=kept: (
             kept.update({n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}) or {}
         )
-        step.train_step(parts, pairs, 0)
+        values = step.train_step(parts, pairs, 0)
+        assert 1 < values["completions/mean_length"] < 8 and values["reward_std"] > 0
         gradients.append(kept)
     for other in gradients[1:]:
         assert other.keys() == gradients[0].keys()
