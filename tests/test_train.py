@@ -148,6 +148,8 @@ def test_a_run_goes_on_as_what_it_was_and_is_measured_anew(world, tmp_path, caps
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2 and summary["questions"] == 6
     with pytest.raises(ValueError, match=r"run of another recipe \(optim.lr: 0.001 there, 0.5 now\)"):
         run(world, tmp_path, "optim.lr=0.5", resume=True)
+    with pytest.raises(ValueError, match=r"run of another recipe \(eval.samples: None there, 2 now\)"):
+        run(world, tmp_path, "eval.samples=2", resume=True)
     run(world, tmp_path / "new", "train.steps=1", "eval.every=0", resume=True)  # a script that always resumes
     assert f"nothing to resume in {tmp_path / 'new' / 'run'}: a new run begins there" in capsys.readouterr().out
 

@@ -27,8 +27,9 @@ Loader.add_implicit_resolver(
 
 PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  # keys that hold {piece: options}
 
-# when a run goes on
-MAY_CHANGE = ("train.steps", "train.threads", "eval.", "checkpoint.", "engine.device", "engine.micro_tokens", "run_dir")
+# when a run goes on; not eval.samples: what was measured before is compared with what is measured after
+MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")
+MAY_CHANGE += ("engine.device", "engine.micro_tokens", "run_dir")
 
 
 class Part(BaseModel):

@@ -72,12 +72,11 @@ def judge(
     reward: Reward,
     rollouts: Sequence[Rollout],
     references: Sequence[str | None] | None = None,
-    prompts: Sequence[Any] | None = None,
 ) -> tuple[Rewards, dict[str, int]]:
     """Rewards of the rollouts, and how often each reason kept the judge from deciding (its sum is the count of None).
 
     references: the model's own text answer for each rollout, when that is what the judge compares with.
-    prompts: the questions as text; default: `meta["question"]`, else empty. Blocks, but may run in a thread, which is
+    The prompts it sees are `meta["question"]`, else empty. Blocks, but may run in a thread, which is
     how a judge overlaps with a forward. Raises ValueError when the judge returns something other than one number or
     None per completion; what the judge itself raises passes through.
     """
@@ -89,7 +88,7 @@ def judge(
     }
     if references is not None:
         columns["reference"] = list(references)
-    asked = [r.pair.meta.get("question", "") for r in rollouts] if prompts is None else list(prompts)
+    asked = [r.pair.meta.get("question", "") for r in rollouts]
     reasons: list[str] = []
     returned = reward(prompts=asked, completions=[r.text for r in rollouts], fail=reasons.append, **columns)
     rewards = checked(_wait(returned) if inspect.isawaitable(returned) else returned, columns["key"], _name(reward))
