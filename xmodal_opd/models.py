@@ -38,7 +38,17 @@ def load_model(
     Raises ValueError when the folder has no config or names a class transformers does not have.
     """
     folder = folder_of(name)
-    config = load_config(folder, trust_remote_code)
+    cls = class_of(name, trust_remote_code)
+    try:
+        model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are broken ({error}); copy or download them anew") from error
+    return attend_in_blocks(model.to(device).eval())
+
+
+def class_of(name: str, trust_remote_code: bool = False) -> Any:
+    """The transformers class that the config of `name` names. Raises ValueError when there is none."""
+    config = load_config(folder_of(name), trust_remote_code)
     architecture = (config.get("architectures") or ["?"])[0]
     cls = getattr(transformers, CLASSES.get(architecture, architecture), None)
     if cls is None and trust_remote_code:
@@ -48,11 +58,14 @@ def load_model(
             f"model {name!r} is a {architecture}, which transformers {transformers.__version__} does not have; "
             "set model.trust_remote_code=true if the checkpoint brings its own code and you trust it"
         )
-    try:
-        model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are broken ({error}); copy or download them anew") from error
-    return attend_in_blocks(model.to(device).eval())
+    return cls
+
+
+def empty_model(name: str, dtype: str = "float32") -> PreTrainedModel:
+    """The model on the meta device: every shape, and no weights. Only its config.json is read."""
+    cls = class_of(name)
+    with torch.device("meta"):
+        return cls(cls.config_class.from_pretrained(folder_of(name))).to(getattr(torch, dtype)).eval()
 
 
 def attend_in_blocks(model: Any) -> Any:
