@@ -83,6 +83,7 @@ def tiny(**scores) -> TokenBatch:
 
 H = [[0.0, 1.0, 2.0], [0.5, 99.0, 99.0]]  # the 98th percentile of 0, .5, 1, 2 is 1.94: scaled to 0, 1/1.94, 1, .5/1.94
 D = [[0.8, 0.4, 0.0], [0.6, 99.0, 99.0]]  # scaled to 1, .5, 0, .75
+RATIOS = [[-1 - log(8), -2.0, -3 - log(0.5)], [-4 - log(0.25), 9.0, 9.0]]
 TIP = {"student_entropy": H, "teacher_divergence": D}
 
 WEIGHT = [  # options, scores, expected on the four real tokens
@@ -100,6 +101,13 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
     ("position_decay", {"half_life": 1.0}, {}, [1, 0.5, 0.25, 1]),
     ("prefix", {"tokens": 2}, {}, [1, 1, 0, 1]),
+    # the trainer finds the three tokens 8, 1 and ½ times as likely as the sampler: 4 in all, ∛4 on average; and ¼
+    ("tis", {}, {"sampler_logp": RATIOS}, [2, 1, 0.5, 0.25]),
+    ("tis", {"cap": 3.0, "level": "sequence"}, {"sampler_logp": RATIOS}, [3, 3, 3, 0.25]),
+    ("tis", {"level": "geometric"}, {"sampler_logp": RATIOS}, [4 ** (1 / 3)] * 3 + [0.25]),
+    ("mismatch_mask", {}, {"sampler_logp": RATIOS}, [0, 1, 1, 0]),
+    ("mismatch_mask", {"level": "sequence"}, {"sampler_logp": RATIOS}, [1, 1, 1, 0]),
+    ("mismatch_mask", {"low": 0.2, "high": 1.5, "level": "geometric"}, {"sampler_logp": RATIOS}, [0, 0, 0, 1]),
 ]
 
 

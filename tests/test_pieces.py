@@ -18,7 +18,7 @@ from xmodal_opd.types import Scores, TokenBatch
 
 B, T, V = 4, 6, 9
 LENGTHS = (6, 3, 5, 1)
-SCORES = ("student_entropy", "teacher_divergence", "divergence", "teacher_logp")
+SCORES = ("student_entropy", "teacher_divergence", "divergence", "teacher_logp", "sampler_logp")
 TOP = {"topk_forward_kl", "topk_reverse_kl", "topk_jsd"}
 VARIANTS = [
     *((name, {"k": 4} if name in TOP else {}) for name in DIVERGENCES),
@@ -43,7 +43,7 @@ def example(width: int = T) -> TokenBatch:
 
     mask = torch.arange(width)[None] < torch.tensor(LENGTHS)[:, None]
     reward = torch.tensor([1.0, 0.25, 0.0, 1.0], dtype=torch.float64)
-    scores = {name: numbers(seed) for seed, name in enumerate(SCORES)}
+    scores = {name: numbers(seed, -1 if name == "sampler_logp" else 1) for seed, name in enumerate(SCORES)}
     return TokenBatch(mask, torch.tensor([7, 3, 3, 7]), numbers(9, sign=-1), Scores(scores, reward=reward))
 
 
@@ -170,6 +170,67 @@ def test_row_weight_is_the_same_in_any_micro_batch(name, options, batch):
 def test_weight_of_a_step_without_tokens(name, batch):
     nothing = replace(batch, mask=torch.zeros_like(batch.mask))
     assert torch.isfinite(WEIGHTS[name](nothing)).all()
+
+
+def enumerated(tokens: int):
+    """(log p [V^T, T] with gradient, its logits, the sampler's log-probs, rewards) of all answers of T tokens; the
+    sampler is the same model with perturbed weights."""
+    s = [random(*[V] * (t + 1), seed=t).requires_grad_() for t in range(tokens)]
+    answers = torch.cartesian_prod(*[torch.arange(V)] * tokens).view(-1, tokens)
+
+    def logp(logits):
+        rows = [x.log_softmax(-1)[tuple(answers[:, : t + 1].T)] for t, x in enumerate(logits)]
+        return torch.stack(rows, 1)
+
+    sampler = logp([x.detach() + 0.7 * random(*x.shape, seed=50 + t) for t, x in enumerate(s)])
+    return logp(s), s, sampler, random(len(answers), seed=9)
+
+
+def expected_policy_gradient(weights, tokens: int):
+    """E over the sampler of the gradient of a policy term, and the exact gradient of −E over the trainer of its reward,
+    each Σ over all answers; and the ratios."""
+    logp, s, sampler, reward = enumerated(tokens)
+    scores = Scores(reward=reward, sampler_logp=sampler)
+    batch = TokenBatch(torch.ones_like(sampler).bool(), torch.arange(len(reward)), logp.detach(), scores)
+    term = Term.build(advantages=["reward"], surrogate="importance", weights=weights, reduction="sequence")
+    judged = term.judge(batch)
+    chances = sampler.sum(1).exp()
+    assert chances.sum().item() == pytest.approx(1)
+    judged = replace(judged, weight=judged.weight * len(reward) * chances[:, None])
+    got = torch.autograd.grad(term.loss(batch, judged, logp), s, retain_graph=True)
+    wanted = torch.autograd.grad(-(logp.sum(1).exp() * reward).sum(), s, retain_graph=True)
+    return [torch.cat([g.flatten() for g in side]) for side in (got, wanted)]
+
+
+def test_importance_weights_without_a_cap_undo_the_difference_between_sampler_and_trainer():
+    """Every answer is enumerated, so this is the expectation itself. Over several tokens only the product is exact."""
+    for weights, tokens in (
+        ([{"tis": {"cap": float("inf")}}], 1),
+        ([{"tis": {"cap": float("inf"), "level": "sequence"}}], 1),
+        ([{"tis": {"cap": float("inf"), "level": "sequence"}}], 3),
+    ):
+        got, wanted = expected_policy_gradient(weights, tokens)
+        torch.testing.assert_close(got, wanted)
+
+    def error(weights, tokens):
+        got, wanted = expected_policy_gradient(weights, tokens)
+        return ((got - wanted).norm() / wanted.norm()).item()
+
+    assert error([{"tis": {"cap": float("inf")}}], 3) > 0.05, "tokens alone leave the states uncorrected"
+    assert error([{"tis": {"cap": 2.0}}], 1) > 0.01, "a cap is a bias"
+    errors = [error([{"tis": {"cap": cap, "level": "sequence"}}], 3) for cap in (2.0, 8.0, 100.0)]
+    assert errors == sorted(errors, reverse=True) and error([], 1) > errors[-1]
+
+
+def test_a_mask_loses_exactly_the_mass_it_leaves_out():
+    inside = [{"mismatch_mask": {"low": 0.8, "high": 1.3}}, {"tis": {"cap": float("inf")}}]
+    got, _ = expected_policy_gradient(inside, 1)
+    logp, s, sampler, reward = enumerated(1)
+    kept = ((logp - sampler).exp() >= 0.8) & ((logp - sampler).exp() <= 1.3)
+    assert 0 < kept.sum() < len(kept)
+    mass = (logp.exp() * kept).detach()
+    (wanted,) = torch.autograd.grad(-(mass * logp * reward[:, None]).sum(), s)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_tip_does_not_let_a_few_wild_entropies_flatten_the_rest():
@@ -426,6 +487,7 @@ REFUSED = [
     ({"divergence": "jsd", "reduction": "tokn"}, "unknown reduction 'tokn'; did you mean 'token'"),
     ({"divergence": "jsd", "reduction": "constant"}, "'constant' needs a value for length"),
     ({"divergence": "jsd", "weights": ["top_k"]}, "unknown weight 'top_k'; did you mean 'top_kl'"),
+    ({"divergence": "jsd", "weights": [{"tis": {"level": "sequense"}}]}, "did you mean 'sequence'"),
     ({"surrogate": "ppo", "advantages": ["reward"]}, "unknown surrogate 'ppo'"),
 ]
 

@@ -16,6 +16,7 @@ from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.scoring.forward import divergence, divergence_of_both, statistics, token_logp
 from xmodal_opd.scoring.judge import judge
+from xmodal_opd.scoring.mismatch import corrected, mismatch, trainer_logp
 from xmodal_opd.tokens import cut, token_batch
 from xmodal_opd.types import Judged, Pair, Rollout, Scores, TokenBatch
 
@@ -54,7 +55,7 @@ def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
     judged = {
         name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()
     }
-    sums: dict[str, float] = {}
+    sums = corrections(parts, terms, step)
     for piece in cut(step.rollouts, parts.recipe.engine.micro_tokens, parts.responses.share):
         with parts.engine.precision():
             loss = micro_loss(parts, terms, judged, step, piece, sums)
@@ -74,10 +75,25 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
     rewards, failures = rewards_of(parts, answers, references)
-    batch = token_batch(rollouts, Scores(reward=rewards))
+    batch = with_trainer_logp(parts, token_batch(rollouts, Scores(reward=rewards)), rollouts, sampling)
     scores = Scores(batch.scores | local_scores(parts, rollouts, batch.mask))
     step = Step(rollouts, sampling, on_device(replace(batch, scores=scores), parts.student.device))
-    return step, describe(parts, answers, rewards, failures)
+    apart = {} if parts.sampler.exact else mismatch(batch)
+    return step, describe(parts, answers, rewards, failures) | apart
+
+
+def with_trainer_logp(
+    parts: Parts, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str]
+) -> TokenBatch:
+    """The sampler's log-probs as the score `sampler_logp`, and as `student_logp` the trainer's own: the very same where
+    the trainer samples, else from a forward over all answers."""
+    scores = Scores(batch.scores, sampler_logp=batch.student_logp)
+    if parts.sampler.exact:
+        return replace(batch, scores=scores)
+    views, budget = [parts.samplings[name].view for name in sampling], parts.recipe.engine.micro_tokens
+    model, precision = parts.student, parts.engine.precision
+    logp = trainer_logp(model, parts.responses, rollouts, views, batch.mask, budget, precision)
+    return replace(batch, student_logp=logp, scores=scores)
 
 
 def rewards_of(
@@ -160,6 +176,16 @@ def judge_term(parts: Parts, term: Term, on: str, step: Step) -> Judged:
     verdict = term.judge(batch)
     zeros = torch.zeros_like(step.batch.student_logp)
     return Judged(zeros.index_copy(0, mine, verdict.weight), zeros.index_copy(0, mine, verdict.advantage))
+
+
+def corrections(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str, float]:
+    """How many tokens of each term the weights against a mismatch hold back."""
+    out: dict[str, float] = {}
+    for name, term in terms.items():
+        batch = take(step.batch, step.rows(parts.recipe.objective[name].sampling).to(step.batch.mask.device))
+        for weight in term.row_weights:
+            out |= {f"{what}/{name}": share for what, share in corrected(weight, batch).items()}
+    return out
 
 
 # ---- the forward with gradient

@@ -54,7 +54,9 @@ class TokenBatch:
 
     mask: Bool[Tensor, "B T"]
     group: Int[Tensor, " B"]
-    student_logp: Float[Tensor, "B T"]  # log p of the sampled token at the moment of sampling
+    student_logp: Float[
+        Tensor, "B T"
+    ]  # log p of the sampled token under the weights this step trains; ratios start at 1
     scores: Scores = field(default_factory=Scores)
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Float
@@ -164,6 +164,10 @@ def fitted(what: str, value: Any, wanted: Any) -> Any:
     """An option's value as the piece declares it; a whole number serves as a float."""
     if wanted in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if get_origin(wanted) is Literal and value not in get_args(wanted):
+        raise ValueError(
+            f"{what} is {', '.join(get_args(wanted))}; found {value!r}{hint(str(value), get_args(wanted))}"
+        )
     if isinstance(wanted, type) and not isinstance(value, wanted):
         raise ValueError(f"{what} is of type {wanted.__name__}; found {value!r}")
     return value

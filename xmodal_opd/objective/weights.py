@@ -6,6 +6,7 @@ Called without gradient; values outside the mask are finite and meaningless.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from xmodal_opd.types import TokenBatch
 
 Weights = Float[Tensor, "B T"]
+Level = Literal["token", "sequence", "geometric"]
 
 
 def student_entropy(batch: TokenBatch, *, keep: float = 0.2) -> Weights:
@@ -70,6 +72,35 @@ def prefix(batch: TokenBatch, *, tokens: int = 64) -> Weights:
     return (places(batch) < tokens).to(batch.student_logp.dtype)
 
 
+def tis(batch: TokenBatch, *, cap: float = 2.0, level: Level = "token") -> Weights:
+    """min(ρ, C): importance weights for answers of a sampler that is not quite the trainer, truncated at `cap` = C.
+
+    ρ = exp(student_logp − scores["sampler_logp"]) of the token; level: of the whole answer, Π ρ ("sequence", exact as
+    C → ∞ but of high variance), or (Π ρ)^(1/T) ("geometric"). Truncation: IMPALA, arXiv:1802.01561 Eq. 1.
+    """
+    return sampling_ratio(batch, level).clamp(max=cap)
+
+
+def mismatch_mask(batch: TokenBatch, *, low: float = 0.5, high: float = 5.0, level: Level = "token") -> Weights:
+    """1 where low ≤ ρ ≤ high, else 0, with ρ of the token, the answer or its geometric mean as in `tis`.
+
+    A masked token still counts in the reduction. On tokens and with `tis: {cap: .inf}` it is IcePop, arXiv:2510.18855,
+    whose bounds are the defaults; on answers the masked importance sampling of verl and ms-swift. A geometric mean
+    strays far less than a token: [0.99, 1.01] is then a usual window.
+    """
+    ratio = sampling_ratio(batch, level)
+    return ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
+
+
+def sampling_ratio(batch: TokenBatch, level: Level) -> Weights:
+    """ρ at each token, log ρ held within ±20; one value for a whole answer where `level` says so."""
+    logs = torch.where(batch.mask, batch.student_logp - batch.scores["sampler_logp"], 0)
+    if level != "token":
+        tokens = batch.mask.sum(1, keepdim=True).clamp(min=1) if level == "geometric" else 1
+        logs = (logs.sum(1, keepdim=True) / tokens).expand_as(logs)
+    return logs.clamp(-20, 20).exp()
+
+
 def tip_axes(batch: TokenBatch, scorer: str) -> tuple[Weights, Weights]:
     """Uncertainty and disagreement of each token, each scaled to [0, 1] over the step (log V cancels)."""
     h, d = batch.scores["student_entropy"], batch.scores[f"{scorer}_divergence"].clamp(min=0)
@@ -103,6 +134,6 @@ def places(batch: TokenBatch) -> Weights:
 
 STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (student_entropy, tip, tip_confident)}
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix)
+    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, tis, mismatch_mask)
 }
 WEIGHTS: dict[str, Callable[..., Tensor]] = STEP_WEIGHTS | ROW_WEIGHTS

@@ -6,6 +6,7 @@ whatever their temperature, and they decode together. Finished answers leave the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +88,7 @@ class HFSampler:
     eos: Sequence[int]
     max_tokens: int
     batch_tokens: int = 16384  # prompt and answer tokens decoded together, padding included
+    exact: ClassVar[bool] = True  # its log-probs are the training model's own
 
     def generate(self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int) -> dict[str, list[Rollout]]:
         """Rollouts per sampling, in the order of `pairs`, n to a pair; pair i's answers form group i.
