@@ -235,3 +235,26 @@ def test_one_head_for_both_sides_is_multiplied_once(name, shared, products):
     with Watch() as seen:
         vocab.divergence(DIVERGENCES[name], hs.requires_grad_(), ws, ht, ws.detach() if shared else wt, chunk=5)
     assert seen.products == 3 * products
+
+
+@pytest.mark.parametrize("caps", [(2.0, 2.0), (2.0, None), (None, 0.5)])
+def test_capped_logits_are_those_of_the_dense_form_in_value_and_gradient(caps):
+    torch.manual_seed(3)
+    hidden, head = torch.randn(5, 4, dtype=torch.float64), 3 * torch.randn(7, 4, dtype=torch.float64)
+    other, ids = torch.randn(5, 4, dtype=torch.float64), torch.arange(5)
+    moved = hidden.requires_grad_(), head.requires_grad_()
+    p, q = (
+        (x @ head.T if cap is None else cap * torch.tanh(x @ head.T / cap)).log_softmax(-1)
+        for x, cap in zip((hidden, other), caps, strict=True)
+    )
+    wanted = (p.exp() * (p - q.detach())).sum(-1), p.gather(1, ids[:, None])[:, 0]
+    ours = (
+        vocab.divergence(reverse_kl, hidden, head, other, head.detach(), caps=caps, chunk=2),
+        vocab.token_logp(hidden, head, ids, cap=caps[0], chunk=2),
+    )
+    torch.testing.assert_close(vocab.statistics(hidden, head, ids, cap=caps[0])[0], wanted[1])
+    for value, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(value, expected)
+        weight = torch.linspace(-1, 2, 5, dtype=torch.float64)
+        slopes = (torch.autograd.grad(v, moved, weight, retain_graph=True) for v in (value, expected))
+        torch.testing.assert_close(*slopes)

@@ -5,6 +5,7 @@ they are run on. `hidden_repeated` is the plain form it must equal: every answer
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ ASSETS = Path(__file__).parent / "assets"
 CLASSES = {  # checkpoints of a larger model of which only the part that writes text is trained
     "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs [P, L] that say of each token what it is; 0: text
 
 END_TO_END = ("Qwen2_5OmniAudioEncoder", "Qwen3OmniMoeAudioEncoder")  # lay the clips of a batch end to end
 
@@ -43,7 +46,21 @@ def load_model(
         model: Any = cls.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are broken ({error}); copy or download them anew") from error
+    refuse(model)
     return attend_in_blocks(model.to(device).eval())
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that cannot be trained here, with the reason."""
+    projection(model)
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; only models that write behind their prompt are trained here")
+    if getattr(model.config, "has_lora_adapter", False):
+        raise ValueError(
+            f"{name} brings a LoRA adapter that it switches on for audio and off for text, so its two views are two "
+            "models; merge the adapter into the weights and set has_lora_adapter to false in its config.json"
+        )
 
 
 def class_of(name: str, trust_remote_code: bool = False) -> Any:
@@ -151,7 +168,14 @@ def projection(model: PreTrainedModel) -> nn.Linear:
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{type(model).__name__} has no output projection: it is not a model that writes text")
+    if layer.bias is not None:
+        raise ValueError(f"{type(model).__name__} adds a bias to its logits; only a plain output projection is read")
     return layer
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """c of a model whose logits are c · tanh(projection / c) (Gemma), None for the others."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def head(model: PreTrainedModel) -> Tensor:
@@ -182,9 +206,10 @@ def hidden_shared(
 
 def prefill(model: PreTrainedModel, prompts: Mapping[str, Tensor], cache: DynamicCache) -> tuple[Tensor, Tensor]:
     """Run P prompts into an empty cache: the hidden state behind each prompt [P, H] and the next position [P, 1]."""
-    with without_head(model), seen_positions(model) as seen:
-        hidden = model(**prompts, **positions_for(model, prompts), past_key_values=cache, use_cache=True).logits
-    return hidden[:, -1], next_positions(seen, prompts)
+    positions = positions_for(model, prompts)
+    with without_head(model):
+        hidden = model(**prompts, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    return hidden[:, -1], next_position(positions)
 
 
 def continue_from(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, before: Tensor, start: Tensor) -> Tensor:
@@ -199,63 +224,72 @@ def continue_from(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, b
 
 @torch.enable_grad()
 def hidden_repeated(model: PreTrainedModel, prompts: Mapping[str, Tensor], tokens: Tensor, grad: bool = True) -> Tensor:
-    """The same as `hidden_shared` with one prompt per response (P = B) and no cache."""
+    """The same as `hidden_shared` with one prompt per response (P = B), each run as one sequence."""
     width = prompts["input_ids"].shape[1]
-    whole = dict(prompts)
-    whole["input_ids"] = torch.cat([prompts["input_ids"], tokens], dim=1)
-    whole["attention_mask"] = torch.cat([prompts["attention_mask"], torch.ones_like(tokens)], dim=1)
+    inputs = dict(prompts) | {"input_ids": torch.cat([prompts["input_ids"], tokens], dim=1)}
+    inputs["attention_mask"] = torch.cat([prompts["attention_mask"], torch.ones_like(tokens)], dim=1)
+    inputs |= {k: torch.cat([prompts[k], torch.zeros_like(tokens)], dim=1) for k in TOKEN_TYPES if k in prompts}
+    before = positions_for(model, prompts)
+    after = next_position(before) + torch.arange(tokens.shape[1], device=tokens.device)
+    inputs["position_ids"] = torch.cat([before, after.expand(*before.shape[:-1], -1)], dim=-1)
     with torch.set_grad_enabled(grad), without_head(model):
-        out = model(**whole, **positions_for(model, whole), use_cache=False).logits
+        out = model(**inputs, **cache_of_shared_layers(model)).logits
     return out[:, width - 1 : -1]
 
 
-def positions_for(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Positions that skip the padding on the left. Models with multimodal rope work them out themselves."""
-    if any(hasattr(module, "get_rope_index") for module in model.modules()):
-        return {}
-    return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+def cache_of_shared_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Layers that read the keys and values of earlier ones (Gemma 3n) find them in a cache alone; others need none."""
+    config = model.config.get_text_config()
+    if not getattr(config, "num_kv_shared_layers", 0):
+        return {"use_cache": False}
+    return {"past_key_values": DynamicCache(config=config), "use_cache": True}
 
 
-def next_positions(seen: dict[str, Tensor], prompts: Mapping[str, Tensor]) -> Tensor:
-    """[P, 1]: the position after the prompt's last token, from the positions the language model was given."""
-    positions = seen["position_ids"]
-    last = positions[..., -1].view(-1, positions.shape[-2])[-1]  # any rope axis: a prompt ends in text
-    return (last + 1).expand(len(prompts["input_ids"]))[:, None]
+def positions_for(model: nn.Module, prompts: Mapping[str, Tensor]) -> Tensor:
+    """Position of every token of left-padded prompts: [P, L], or [3, P, L] from a model with multimodal rope.
+
+    Asked for here, not left to the forward, which keeps what it found for the next call and counts answers as prompt.
+    """
+    family = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+    if family is None:
+        return (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    known = dict(prompts)
+    if "feature_attention_mask" in prompts:
+        known["audio_seqlens"] = prompts["feature_attention_mask"].sum(1)
+    takes = inspect.signature(family.get_rope_index).parameters  # pyright: ignore[reportArgumentType]
+    return family.get_rope_index(**{k: v for k, v in known.items() if k in takes})[0]  # pyright: ignore[reportCallIssue]
 
 
-@contextmanager
-def seen_positions(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Note the `position_ids` that reach the language model first; how a family computes them stays its own affair."""
-    seen: dict[str, Tensor] = {}
-    inner = model.get_submodule(name_of(model, model.get_input_embeddings()).rpartition(".")[0])
-
-    def note(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.setdefault("position_ids", kwargs["position_ids"])
-
-    handle = inner.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def next_position(positions: Tensor) -> Tensor:
+    """[P, 1]: the position after the last token. A prompt ends in text, whose positions are the same on every axis."""
+    return (positions.view(-1, *positions.shape[-2:])[0, :, -1:] + 1).long()
 
 
 @contextmanager
 def without_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within, `.logits` are the hidden states before the output projection, which is neither run nor remembered."""
-    layer = projection(model)
+    """Within, `.logits` are the hidden states before the output projection, which is neither run nor remembered.
+
+    What a family does to its logits by a constant factor (Granite) is done to the hidden states, which is the same.
+    """
+    layer, config, cap = projection(model), model.config.get_text_config(), softcap(model)
     parent, _, name = name_of(model, layer).rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, name, nn.Identity())
+    if cap is not None:
+        config.final_logit_softcapping = None
     try:
         yield
     finally:
         setattr(owner, name, layer)
+        if cap is not None:
+            config.final_logit_softcapping = cap
 
 
 def media_tokens(model: PreTrainedModel) -> list[int]:
     """Ids that stand for media in a prompt. In an answer they would ask for media that are not there."""
     names = ("audio_token_id", "image_token_id", "video_token_id")
-    return [token for name in names if isinstance(token := getattr(model.config, name, None), int)]
+    found = (getattr(model.config, name, None) for name in names)
+    return [token for token in found if token is not None and token < projection(model).out_features]
 
 
 def name_of(model: nn.Module, part: nn.Module) -> str:

@@ -18,6 +18,7 @@ from xmodal_opd.objective.divergences import reverse_kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 PerToken = Float[Tensor, " N"]
+Caps = tuple[float | None, float | None]  # of the logits of student and teacher
 # (student hidden [n, H], head, which rows these are, gradient wanted) -> value [n], its gradient in the logits [n, V]
 Measure = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
@@ -32,12 +33,14 @@ def divergence(
     chunk: int | None = None,
     temperature: float = 1.0,
     vocab: int | None = None,
+    caps: Caps = (None, None),
 ) -> PerToken:
     """fn(log p, log q) of student and teacher at each token, with gradient to the student's hidden states and head.
 
     fn: a piece of DIVERGENCES, or any function of two log-probability rows that treats rows independently.
     chunk: tokens at a time, by default as many as fit a fixed number of logits. temperature divides both logits.
     vocab: the real vocabulary size; heads padded to different sizes are cut to it.
+    caps: c of a student and a teacher whose logits are c · tanh(hidden · head / c); None is plain logits.
     Raises ValueError when tokens do not pair up, or vocabularies differ and `vocab` does not say where to cut.
     """
     refuse_unpaired("student and teacher hidden states", hidden_s, hidden_t)
@@ -47,37 +50,49 @@ def divergence(
     slope_of = reverse_kl_slope if fn is reverse_kl else partial(any_slope, fn)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
-        p, q = two_logps(hidden, head, hidden_t[rows], head if same else head_t, temperature)
+        p, q = two_logps(hidden, head, hidden_t[rows], head if same else head_t, temperature, caps)
         value, gradient = slope_of(p, q, slope)
-        return value, gradient if gradient is None or temperature == 1 else gradient.div_(temperature)
+        gradient = gradient if gradient is None or temperature == 1 else gradient.div_(temperature)
+        return value, through_cap(gradient, hidden, head, caps[0])
 
     return per_token(measure, hidden_s, head_s, chunk)
 
 
 def token_logp(
-    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    ids: Int[Tensor, " N"],
+    *,
+    chunk: int | None = None,
+    cap: float | None = None,
 ) -> PerToken:
     """log softmax(hidden · head) at the tokens `ids`, with gradient to the hidden states and the head."""
     refuse_unpaired("hidden states and tokens", hidden, ids)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
-        p, index = logps(hidden, head), ids[rows, None]
+        p, index = logps(hidden, head, cap=cap), ids[rows, None]
         value = p.gather(-1, index)
-        return value[:, 0], p.exp_().neg_().scatter_add_(-1, index, torch.ones_like(value)) if slope else None
+        gradient = p.exp_().neg_().scatter_add_(-1, index, torch.ones_like(value)) if slope else None
+        return value[:, 0], through_cap(gradient, hidden, head, cap)
 
     return per_token(measure, hidden, head, chunk)
 
 
 @torch.no_grad()
 def statistics(
-    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], ids: Int[Tensor, " N"], *, chunk: int | None = None
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    ids: Int[Tensor, " N"],
+    *,
+    chunk: int | None = None,
+    cap: float | None = None,
 ) -> tuple[PerToken, PerToken]:
     """log-probability of the tokens `ids` and entropy of the whole distribution in nats, without gradient."""
     refuse_unpaired("hidden states and tokens", hidden, ids)
     logp, entropy = (torch.empty(len(hidden), dtype=wide(head), device=hidden.device) for _ in range(2))
     with as_given(head):
         for rows in chunks(len(hidden), chunk or fitting(head)):
-            p = logps(hidden[rows].to(head.dtype), head)
+            p = logps(hidden[rows].to(head.dtype), head, cap=cap)
             logp[rows] = p.gather(-1, ids[rows, None])[:, 0]
             entropy[rows] = -torch.linalg.vecdot(p.exp(), p)
     return logp, entropy
@@ -148,18 +163,30 @@ def any_slope(fn: Divergence, p: Tensor, q: Tensor, slope: bool) -> tuple[Tensor
 
 
 def two_logps(
-    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor, head_t: Tensor, temperature: float
+    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor, head_t: Tensor, temperature: float, caps: Caps
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of both sides; where one head serves both, from one product."""
-    if head_s is not head_t:
-        return logps(hidden_s, head_s, temperature), logps(hidden_t, head_t, temperature)
-    p, q = logps(torch.cat([hidden_s, hidden_t]), head_s, temperature).tensor_split(2)
+    if head_s is not head_t or caps[0] != caps[1]:
+        return logps(hidden_s, head_s, temperature, caps[0]), logps(hidden_t, head_t, temperature, caps[1])
+    p, q = logps(torch.cat([hidden_s, hidden_t]), head_s, temperature, caps[0]).tensor_split(2)
     return p, q
 
 
-def logps(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
-    logits = (hidden @ head.T).to(wide(head))
+def logps(hidden: Tensor, head: Tensor, temperature: float = 1.0, cap: float | None = None) -> Tensor:
+    logits = capped((hidden @ head.T).to(wide(head)), cap)
     return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), what Gemma samples from; the logits themselves without a cap."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def through_cap(gradient: Tensor | None, hidden: Tensor, head: Tensor, cap: float | None) -> Tensor | None:
+    """A gradient in the capped logits as one in hidden · head, whose product is made anew rather than held."""
+    if gradient is None or cap is None:
+        return gradient
+    return gradient.mul_(1 - ((hidden @ head.T).to(wide(head)) / cap).tanh().square())
 
 
 def as_given(x: Tensor) -> torch.autocast:

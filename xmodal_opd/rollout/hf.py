@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from xmodal_opd.models import continue_from, media_tokens, prefill, projection
+from xmodal_opd.models import continue_from, media_tokens, prefill, projection, softcap
+from xmodal_opd.objective.vocab import capped
 from xmodal_opd.types import Adapter, Pair, Rollout
 
 
@@ -47,11 +48,8 @@ def decode(
     ends = torch.tensor(list(eos), device=owner.device)
     cache = DynamicCache(config=model.config.get_text_config())
     last, position = prefill(model, prompts, cache)
-    logits, position, mask = (
-        projection(model)(last)[owner],
-        position[owner],
-        prompts["attention_mask"][owner],
-    )
+    logits = capped(projection(model)(last), softcap(model))[owner]
+    position, mask = position[owner], prompts["attention_mask"][owner]
     cache.batch_select_indices(owner)
     live = torch.arange(len(owner), device=owner.device)
     for t in range(max_tokens):

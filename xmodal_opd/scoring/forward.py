@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xmodal_opd.models import head, hidden_repeated, hidden_shared
+from xmodal_opd.models import head, hidden_repeated, hidden_shared, softcap
 from xmodal_opd.objective import vocab
 from xmodal_opd.objective.vocab import Divergence
 from xmodal_opd.tokens import response_tokens
@@ -58,14 +58,15 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def token_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
     """log p [B, T] of the sampled tokens, with gradient where `hidden` has one."""
     ids = sampled_tokens(rollouts).to(hidden.device)
-    return spread(vocab.token_logp(flat(hidden, mask), head(model), ids), mask)
+    return spread(vocab.token_logp(flat(hidden, mask), head(model), ids, cap=softcap(model)), mask)
 
 
 def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: int | None) -> Tensor:
     """fn(log p, log q) [B, T] over the whole vocabulary of `size`, with gradient to the student's side alone."""
     (model_s, hidden_s), (model_t, hidden_t) = student, teacher
     theirs = flat(hidden_t.detach(), mask).to(hidden_s.device)
-    per_token = vocab.divergence(fn, flat(hidden_s, mask), head(model_s), theirs, head(model_t), vocab=size)
+    caps = softcap(model_s), softcap(model_t)
+    per_token = vocab.divergence(fn, flat(hidden_s, mask), head(model_s), theirs, head(model_t), vocab=size, caps=caps)
     return spread(per_token, mask)
 
 
@@ -82,5 +83,5 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """log-prob of the sampled tokens and entropy of the distribution they came from, each [B, T]."""
     ids = sampled_tokens(rollouts).to(hidden.device)
-    logp, entropy = vocab.statistics(flat(hidden, mask), head(model), ids)
+    logp, entropy = vocab.statistics(flat(hidden, mask), head(model), ids, cap=softcap(model))
     return spread(logp, mask), spread(entropy, mask)
