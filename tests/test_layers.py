@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a module imports only from lines above its own
     {"types"},
-    {"objective", "data", "tokens", "config", "metrics", "report", "statistics", "provenance", "models", "engine"},
+    {"objective", "background", "data", "tokens", "config", "metrics", "report", "statistics", "provenance"}
+    | {"models", "engine"},
     {"checkpoint", "rollout", "scoring"},
     {"evaluate", "selftest"},
     {"build"},

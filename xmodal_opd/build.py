@@ -44,6 +44,11 @@ class Parts:
     vocab: int | None  # real vocabulary size, when a teacher's head is padded differently
 
     @property
+    def judge_apart(self) -> bool:
+        """Whether the judge may run while models score: `self` asks the student, which then has its hands full."""
+        return self.recipe.judge is not None and config.piece_name(self.recipe.judge.name) != "self"
+
+    @property
     def student(self) -> PreTrainedModel:
         return self.models[STUDENT]
 

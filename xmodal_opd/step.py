@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xmodal_opd import models
+from xmodal_opd.background import later, now
 from xmodal_opd.build import STUDENT, Parts
 from xmodal_opd.evaluate import is_right
 from xmodal_opd.metrics import reward_metrics
@@ -74,9 +75,11 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
     references = answers.pop("(reference)", None)
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
-    rewards, failures = rewards_of(parts, answers, references)
-    batch = with_trainer_logp(parts, token_batch(rollouts, Scores(reward=rewards)), rollouts, sampling)
-    scores = Scores(batch.scores | local_scores(parts, rollouts, batch.mask))
+    judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
+    batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
+    local = local_scores(parts, rollouts, batch.mask)
+    rewards, failures = judging.result()
+    scores = Scores(batch.scores | local, reward=rewards)
     step = Step(rollouts, sampling, on_device(replace(batch, scores=scores), parts.student.device))
     apart = {} if parts.sampler.exact else mismatch(batch)
     return step, describe(parts, answers, rewards, failures) | apart

@@ -1,0 +1,82 @@
+"""What runs beside the loop: the same results, errors that surface, and an overlap proven by the order of events."""
+
+import threading
+from itertools import islice
+
+import pytest
+import torch
+
+from xmodal_opd import config, step
+from xmodal_opd.background import later, now
+from xmodal_opd.build import build, open_shards
+
+SCORED = "scoring.teacher={view: teacher}"
+
+
+def prepared(world, *overrides):
+    parts = build(config.load(world["recipe"], [SCORED, *overrides]))
+    return parts, [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 2)]
+
+
+def judged_by(function):
+    return f"judge={{name: '{__name__}:{function}'}}"
+
+
+scoring_began = threading.Event()
+
+
+def waits_for_the_teacher(prompts, completions, **_):
+    assert scoring_began.wait(30), "the teacher's forward did not begin while the judge was at work"
+    return [float(len(c) % 2) for c in completions]
+
+
+def by_length(prompts, completions, **_):
+    return [float(len(c) % 2) for c in completions]
+
+
+async def breaks(prompts, completions, **_):
+    raise RuntimeError("the judge lost its mind")
+
+
+def test_the_judge_works_while_the_teacher_reads(world, monkeypatch):
+    scores = step.local_scores
+
+    def noted(*args):
+        scoring_began.set()
+        return scores(*args)
+
+    scoring_began.clear()
+    monkeypatch.setattr(step, "local_scores", noted)
+    parts, pairs = prepared(world, judged_by("waits_for_the_teacher"))
+    sampled, metrics = step.sample(parts, pairs, 0)
+    assert 0 < metrics["reward"] < 1 and "teacher_logp" in sampled.batch.scores
+
+
+def test_a_judge_beside_the_teacher_gives_the_same_step(world, monkeypatch):
+    taken = {}
+    for how in (later, now):
+        monkeypatch.setattr(step, "later", how)
+        parts, pairs = prepared(world, judged_by("by_length"))
+        taken[how] = step.train_step(parts, pairs, 0), {n: p.clone() for n, p in parts.student.named_parameters()}
+    (values, weights), (expected, wanted) = taken.values()
+    assert values == expected and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_what_the_judge_raises_reaches_the_loop(world):
+    parts, pairs = prepared(world, judged_by("breaks"))
+    with pytest.raises(RuntimeError, match="lost its mind"):
+        step.train_step(parts, pairs, 0)
+
+
+def test_a_judge_that_asks_the_student_does_not_run_beside_it(world, monkeypatch):
+    asked_in = []
+    parts, pairs = prepared(world, "judge={name: self}")
+    rewards = step.rewards_of
+
+    def noted(*args):
+        asked_in.append(threading.current_thread())
+        return rewards(*args)
+
+    monkeypatch.setattr(step, "rewards_of", noted)
+    step.sample(parts, pairs, 0)
+    assert asked_in == [threading.main_thread()]

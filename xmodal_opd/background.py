@@ -1,0 +1,26 @@
+"""Work beside the loop, in a thread: the judge while models score, the next answers while this step trains."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+
+def later[**P, T](call: Callable[P, T], *args: P.args, **options: P.kwargs) -> Future[T]:
+    """Run `call` in a thread that never keeps the program alive; `.result()` waits for it and raises what it raised."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args, **options))
+        except BaseException as error:  # whatever it is, the loop must hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=getattr(call, "__name__", "later")).start()
+    return future
+
+
+def now[**P, T](call: Callable[P, T], *args: P.args, **options: P.kwargs) -> Future[T]:
+    """The same for what cannot run beside the loop: it runs here, at once."""
+    future: Future[T] = Future()
+    future.set_result(call(*args, **options))
+    return future
