@@ -19,10 +19,9 @@ from itertools import repeat
 from numbers import Real
 from typing import Any, Literal
 
-import httpx
-
 from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
 from xmodal_opd.scoring.answers import announced, extract, require_maths, same_answers
+from xmodal_opd.serving import Client, Failure, connect, patiently, send
 from xmodal_opd.types import Rollout
 
 Rewards = list[float | None]
@@ -42,7 +41,6 @@ Response 2:
 1 or 0?"""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 COLUMNS = ("prompts", "completions", "key", "answer", "meta", "finished", "reference", "fail")
-RETRIED = {408, 409, 425, 429}  # and every 5xx
 
 
 # ---- what the loop calls
@@ -209,66 +207,36 @@ class Endpoint:
     max_tokens: int
 
 
-class Failure(Exception):
-    """Why a request has no reply, in words worth counting; `again` says whether asking once more may help."""
-
-    def __init__(self, reason: str, again: bool = False):
-        super().__init__(reason)
-        self.again = again
-
-
 async def ask_all(endpoint: Endpoint, questions: Sequence[str]) -> list[float | str]:
     """The verdict on each question, or the reason there is none."""
     gate, lost = asyncio.Semaphore(endpoint.concurrency), [0]  # lost: requests in a row without any reply
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    direct = httpx.URL(endpoint.url).host in ("127.0.0.1", "localhost", "::1")  # not through the environment's proxy
 
-    async def one(client: httpx.AsyncClient, question: str) -> float | str:
+    async def one(client: Client, question: str) -> float | str:
         async with gate:
             if lost[0] >= endpoint.concurrency:
                 return "endpoint is down"
             try:
-                said = verdict(await ask_patiently(client, endpoint, question))
+                said = verdict(await patiently(lambda: ask_once(client, endpoint, question), endpoint.retries))
             except Failure as failure:
                 lost[0] = lost[0] + 1 if failure.again else 0
                 return str(failure)
             lost[0] = 0
             return "reply is neither 1 nor 0" if said is None else said
 
-    async with httpx.AsyncClient(headers=headers, timeout=None, trust_env=not direct) as client:
+    async with connect(headers) as client:
         return list(await asyncio.gather(*map(one, repeat(client), questions)))
 
 
-async def ask_patiently(client: httpx.AsyncClient, endpoint: Endpoint, question: str) -> str:
-    """The reply, asked for up to 1 + retries times. Raises Failure."""
-    for attempt in range(endpoint.retries):
-        try:
-            return await ask_once(client, endpoint, question)
-        except Failure as failure:
-            if not failure.again:
-                raise
-        await asyncio.sleep(min(0.25 * 2**attempt, 8.0))
-    return await ask_once(client, endpoint, question)
-
-
-async def ask_once(client: httpx.AsyncClient, endpoint: Endpoint, question: str) -> str:
+async def ask_once(client: Client, endpoint: Endpoint, question: str) -> str:
+    """What the model says to one question. Raises Failure."""
     body = {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": endpoint.max_tokens,
     }
-    try:
-        async with asyncio.timeout(endpoint.timeout):  # the whole attempt: httpx's own limits are per read
-            response = await client.post(f"{endpoint.url}/chat/completions", json=body)
-    except TimeoutError:
-        raise Failure("timed out", again=True) from None
-    except httpx.HTTPError as error:
-        raise Failure(f"no connection ({type(error).__name__})", again=True) from None
-    if response.status_code != 200:
-        raise Failure(
-            f"HTTP {response.status_code}", again=response.status_code >= 500 or response.status_code in RETRIED
-        )
+    response = await send(client, f"{endpoint.url}/chat/completions", body, timeout=endpoint.timeout)
     try:
         return str(response.json()["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError):
