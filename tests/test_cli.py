@@ -34,7 +34,7 @@ def test_errors_are_one_sentence_on_standard_error(world, capsys, tmp_path):
     cases = {
         f"data.train={tmp_path}": "no shard",
         "model.name=/nowhere": "no model at '/nowhere'",
-        "model.train=[audoi]": "nothing to train: no parameter matches",
+        "model.train=[audoi]": "which nothing here matches",
         "judge.name=mtch": "unknown judge 'mtch'; did you mean 'match'",
         "objective.tokens.weights=[tip]": "no scorer computed 'student_entropy'",
         "objective.tokens.teacher.model=/gone": "no model at '/gone'",

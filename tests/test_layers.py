@@ -12,6 +12,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"types", "serving"},
     {"objective", "background", "data", "tokens", "config", "metrics", "report", "statistics", "provenance"}
     | {"models", "engine"},
+    {"lora"},
     {"checkpoint", "rollout", "scoring"},
     {"evaluate", "selftest"},
     {"build"},
@@ -27,6 +28,7 @@ HOMES = {
     "yaml": {"xmodal_opd/config.py"},
     "espeakng_loader": {"modalities/audio/speech.py"},
     "httpx": {"xmodal_opd/serving.py"},
+    "peft": {"xmodal_opd/lora.py"},
     "matplotlib": {"xmodal_opd/report.py"},
 }
 SOURCES = sorted([*(ROOT / "xmodal_opd").rglob("*.py"), *(ROOT / "modalities").rglob("*.py")])

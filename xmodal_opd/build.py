@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modalities.audio.adapter import AudioAdapter
 from modalities.audio.prepare import prepare
-from xmodal_opd import config, models
+from xmodal_opd import config, lora, models
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
@@ -57,8 +57,7 @@ def build(recipe: config.Recipe) -> Parts:
     """Live parts on the recipe's device. Raises ValueError in one sentence for what cannot be built."""
     terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
     schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
-    student = load(recipe, recipe.model.name)
-    models.set_trainable(student, recipe.model.train)
+    student = load_student(recipe)
     processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
     adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
     sampler = HFSampler(
@@ -92,6 +91,18 @@ def build(recipe: config.Recipe) -> Parts:
         right=right,
         vocab=len(getattr(processor, "tokenizer", processor)),
     )
+
+
+def load_student(recipe: config.Recipe) -> PreTrainedModel:
+    """The recipe's model with what trains set: what model.train names, and an adapter where the recipe has one."""
+    student, settings, train = load(recipe, recipe.model.name), recipe.model.lora, recipe.model.train
+    if settings is None:
+        models.set_trainable(student, ["all"] if train is None else train)
+        return student
+    moving = models.set_trainable(student, train or [])
+    modules = lora.target_modules(student, settings.targets, settings.parts)
+    lora.inject(student, modules, settings.rank, settings.alpha, moving)
+    return student
 
 
 def sampling(part: config.Sampling) -> Sampling:
@@ -137,8 +148,11 @@ def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTr
 
 
 def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:
-    """ "initial" and "ema" start as the student is now; any other name is a folder or hub name to load."""
-    if name in ("initial", "ema"):
+    """ "initial" and "ema" start as the student is now, and share what does not train; any other name is a folder or
+    hub name to load. A LoRA student's adapter begins as nothing, so "initial" is its base."""
+    if name == "initial":
+        return lora.without_adapter(models.frozen_copy(student))
+    if name == "ema":
         return models.frozen_copy(student)
     model = load(recipe, name).requires_grad_(False)
     refuse_other_vocabulary(recipe, name)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from xmodal_opd import lora
+
 
 def save(
     run: Path,
@@ -38,7 +40,7 @@ def save(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        export(model, processor, aside)
+        write(model, processor, aside)
         torch.save(dict(optimizer), aside / "optimizer.pt")
         if ema is not None:
             save_file(trained(ema, model), aside / "ema.safetensors")
@@ -76,9 +78,24 @@ def room_on_disk(run: Path) -> Iterator[None]:
         raise OSError(f"the disk is full, and {where} could not be written; {what_is_left(run)}") from error
 
 
-def export(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Weights, config, tokenizer, processor and chat template, as `from_pretrained` reads them."""
-    model.save_pretrained(folder)
+def write(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """A checkpoint's weights: the whole model, or of a LoRA student only what trains."""
+    if lora.layers(model):
+        lora.save(model, folder)
+        processor.save_pretrained(folder)
+    else:
+        export(model, processor, folder)
+
+
+def export(
+    model: PreTrainedModel, processor: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Weights, config, tokenizer, processor and chat template, as `from_pretrained` and servers such as vLLM read
+    them. An adapter is merged into what is written; the model itself stays as it is.
+
+    state: the model's weights, where it does not hold them whole itself.
+    """
+    model.save_pretrained(folder, state_dict=lora.merged_state(model, state))
     processor.save_pretrained(folder)
 
 
@@ -127,7 +144,9 @@ def load(folder: Path, model: PreTrainedModel, ema: nn.Module | None = None) -> 
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Read the weights of an exported folder of the same class into `model`, in place."""
+    """Read the weights of a checkpoint of the same recipe, or of an exported folder of the same class, into `model`."""
+    if lora.layers(model):
+        return lora.load(folder, model)
     other = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(other.state_dict())
 

@@ -1,4 +1,4 @@
-"""xmodal-opd train | eval | check | show | report. Heavy imports come after the arguments are read."""
+"""xmodal-opd train | eval | check | export | show | report. Heavy imports come after the arguments are read."""
 
 import argparse
 import sys
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         ("train", train, "run a recipe: evaluate, train, evaluate again, and print what became of the gap"),
         ("eval", evaluate, "the recipe's test questions as the student sees them and as text"),
         ("check", check, "build everything a recipe names and run its objective once, without training"),
+        ("export", export, "write a checkpoint as a plain Hugging Face folder, a LoRA adapter merged into its base"),
         ("show", show, "print the resolved recipe"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -39,8 +40,11 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "train":
             command.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+        if name in ("eval", "export"):
+            command.add_argument("--checkpoint", help="a checkpoint or model folder; default: the recipe's own model")
+        if name == "export":
+            command.add_argument("--output", required=True, help="the folder to write, which is not there yet")
         if name == "eval":
-            command.add_argument("--checkpoint", help="an exported model folder; default: the recipe's own model")
             command.add_argument(
                 "--output", help="where to write per-question JSONL; default: runs/NAME-eval-DATE.jsonl"
             )
@@ -90,6 +94,16 @@ def check(arguments: argparse.Namespace) -> int:
 
     for line in inspect.check(recipe):
         print(line, flush=True)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
+    quiet()
+    from xmodal_opd import inspect
+
+    inspect.export(recipe, arguments.checkpoint, arguments.output)
+    print(f"model folder: {arguments.output}")
     return 0
 
 

@@ -36,10 +36,21 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Lora(Part):
+    """Low-rank adapters on linear layers; what they adapt rests."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)  # what the adapter adds is scaled by alpha / rank
+    targets: Literal["all-linear"] | list[str] = "all-linear"  # or ends of layer names, such as [q_proj, v_proj]
+    parts: list[str] = Field(default=["all"], min_length=1)  # where: roles or pieces of names, as in model.train
+
+
 class Model(Part):
     name: str = "default"  # a folder, a hub name, or the small model in the package
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    train: list[str] = ["all"]  # parameters whose name contains one of these move, the rest stay
+    # roles, or pieces of names, of what moves; null: everything, or with lora nothing but the adapter
+    train: list[str] | None = Field(default=None, min_length=1)
+    lora: Lora | None = None
     max_prompt_tokens: int | None = None  # default: what the model reads, less the longest answer
     trust_remote_code: bool = False
 

@@ -6,9 +6,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from xmodal_opd import config, evaluate
-from xmodal_opd.build import Parts, build, open_tests, prepare_shards
+from xmodal_opd import checkpoint, config, evaluate
+from xmodal_opd.build import Parts, build, load_student, open_tests, prepare_shards
 from xmodal_opd.data import Shards
+from xmodal_opd.lora import is_adapter
+from xmodal_opd.models import load_processor
 from xmodal_opd.step import train_step
 from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
@@ -43,11 +45,13 @@ def probe(parts: Parts) -> list[Pair]:
         return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
 
 
-def evaluate_only(recipe: config.Recipe, checkpoint: str | None, output: str) -> list[dict[str, Any]]:
-    """Records of the recipe's test questions under its model, or under an exported folder; kept at `output`."""
-    if checkpoint:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": checkpoint})})
+def evaluate_only(recipe: config.Recipe, folder: str | None, output: str) -> list[dict[str, Any]]:
+    """Records of the recipe's test questions under its model, or under a checkpoint or exported folder; kept at
+    `output`."""
+    recipe = of_checkpoint(recipe, folder)
     parts = build(recipe.model_copy(update={"objective": {}, "scoring": {}, "judge": None}))  # no teacher is needed
+    if recipe.model.lora and folder:
+        checkpoint.load_weights(Path(folder), parts.student)
     pairs = [pair for _, pair in islice(open_tests(recipe).pairs(parts.adapter, epochs=1), recipe.eval.samples)]
     parts = aligned(parts, pairs[:PROBE])
     settings = recipe.eval
@@ -56,3 +60,32 @@ def evaluate_only(recipe: config.Recipe, checkpoint: str | None, output: str) ->
     )
     evaluate.write(records, Path(output))
     return records
+
+
+def export(recipe: config.Recipe, folder: str | None, output: str) -> None:
+    """Write the recipe's model, or its checkpoint at `folder`, as a plain Hugging Face folder, its adapter merged.
+
+    Raises ValueError when `output` is there already.
+    """
+    if Path(output).exists():
+        raise ValueError(f"{output} is there already; name a folder that is not")
+    recipe = of_checkpoint(recipe, folder)
+    student = load_student(recipe)
+    if recipe.model.lora and folder:
+        checkpoint.load_weights(Path(folder), student)
+    checkpoint.export(student, load_processor(recipe.model.name, recipe.model.trust_remote_code), Path(output))
+
+
+def of_checkpoint(recipe: config.Recipe, folder: str | None) -> config.Recipe:
+    """The recipe for a checkpoint: a whole model takes the place of the recipe's, an adapter joins it.
+
+    Raises ValueError when the folder holds an adapter and the recipe has none.
+    """
+    if folder is None:
+        return recipe
+    if not is_adapter(Path(folder)):
+        whole = {"name": folder, "lora": None, "train": None}
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update=whole)})
+    if recipe.model.lora is None:
+        raise ValueError(f"{folder} holds an adapter, and the recipe has no model.lora; use its run's own recipe.yaml")
+    return recipe

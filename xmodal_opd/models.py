@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ CLASSES = {  # checkpoints of a larger model of which only the part that writes 
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs [P, L] that say of each token what it is; 0: text
+
+# what parts of a model are called in transformers; a projector may lie inside its encoder
+ROLES = ("encoder", "projector", "language_model")
+ENCODERS = {"audio_tower", "encoder", "visual", "vision_tower", "vision_model"}
+PROJECTORS = {"multi_modal_projector", "projector", "connector", "merger", "merger_list", "deepstack_merger_list"}
+PROJECTORS |= {"embed_audio", "embed_vision", "audio_tower.proj", "audio_tower.proj1", "audio_tower.proj2"}
 
 END_TO_END = ("Qwen2_5OmniAudioEncoder", "Qwen3OmniMoeAudioEncoder")  # lay the clips of a batch end to end
 
@@ -134,15 +141,34 @@ def load_processor(name: str, trust_remote_code: bool = False) -> Any:
     return transformers.AutoProcessor.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
 
 
-def set_trainable(model: nn.Module, train: Sequence[str]) -> list[str]:
-    """Freeze all but the parameters whose name contains one of `train` ("all" frees everything); returns the names.
+def role_of(name: str) -> str:
+    """ "encoder", "projector" or "language_model": the part a parameter or module belongs to, by its name."""
+    words = name.split(".")
+    if PROJECTORS & {*words, *map(".".join, pairwise(words))}:
+        return "projector"
+    return "encoder" if ENCODERS & {*words} else "language_model"
 
-    Raises ValueError when nothing matches, listing the parts that exist.
+
+def matching(names: Sequence[str], parts: Sequence[str], key: str) -> list[str]:
+    """Those of `names` that one of `parts` means: a role, a piece of the name, or "all".
+
+    Raises ValueError for a part that means none, naming the recipe's `key` and what exists.
     """
-    names = [n for n, _ in model.named_parameters() if "all" in train or any(part in n for part in train)]
-    if not names:
-        parts = sorted({".".join(n.split(".")[:2]) for n, _ in model.named_parameters()})
-        raise ValueError(f"nothing to train: no parameter matches {list(train)}; parts: {', '.join(parts)}")
+
+    def means(part: str, name: str) -> bool:
+        return part == "all" or (role_of(name) == part if part in ROLES else part in name)
+
+    for part in parts:
+        if not any(means(part, name) for name in names):
+            roles = ", ".join(sorted({role_of(name) for name in names}))
+            have = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+            raise ValueError(f"{key} names {part!r}, which nothing here matches; roles: {roles}; parts: {have}")
+    return [name for name in names if any(means(part, name) for part in parts)]
+
+
+def set_trainable(model: nn.Module, train: Sequence[str]) -> list[str]:
+    """Freeze all but the parameters that `train` means, as `matching` reads it; returns their names."""
+    names = matching([name for name, _ in model.named_parameters()], train, "model.train")
     chosen = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
