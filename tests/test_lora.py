@@ -101,14 +101,14 @@ def test_what_trains_beside_the_adapter_is_all_that_a_teacher_copies(world):
 def test_a_checkpoint_is_the_adapter_alone_for_us_and_for_peft(world, tmp_path, overrides):
     parts = build(load(world, *overrides))
     student = shaken(parts.student)
-    checkpoint.save(tmp_path, student, parts.processor, parts.engine.state_dict(), {"step": 1}, keep=1)
+    checkpoint.save(tmp_path, student, parts.processor, parts.engine, {"step": 1}, keep=1)
     saved = latest(tmp_path)
     size = sum(t.numel() for t in load_file(saved / "adapter_model.safetensors").values())
     assert size == sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
     assert not (saved / "model.safetensors").exists()
     assert (saved / "trained.safetensors").exists() == (overrides == PROJECTOR)
     ours = build(load(world, *overrides)).student
-    checkpoint.load(saved, ours)
+    checkpoint.load(saved, ours, parts.engine)
     assert torch.equal(logits(ours, parts), logits(student, parts))
     theirs = base(world)
     if overrides == PROJECTOR:

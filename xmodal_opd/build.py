@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modalities.audio.adapter import AudioAdapter
 from modalities.audio.prepare import prepare
-from xmodal_opd import config, lora, models
+from xmodal_opd import config, dist, lora, models
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
@@ -18,7 +18,7 @@ from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.answers import same_answers
 from xmodal_opd.scoring.forward import Responses
 from xmodal_opd.scoring.judge import build_judge
-from xmodal_opd.types import Adapter, Pair
+from xmodal_opd.types import Adapter, Engine, Pair
 
 ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": AudioAdapter}
 STUDENT = "current"
@@ -35,7 +35,7 @@ class Parts:
     sampler: HFSampler
     responses: Responses
     terms: dict[str, Term]
-    engine: PlainEngine
+    engine: Engine
     samplings: dict[str, Sampling]
     judge: Callable | None  # TRL's reward signature
     judged: frozenset[str]  # samplings whose answers the judge sees
@@ -51,6 +51,20 @@ class Parts:
     @property
     def student(self) -> PreTrainedModel:
         return self.models[STUDENT]
+
+
+def launch(recipe: config.Recipe) -> None:
+    """Join the processes of this launch. Raises ValueError when they are not what engine and step are for."""
+    ranks = dist.started()
+    if ranks > 1 and recipe.engine.name == "plain":
+        raise ValueError(f"{ranks} processes were started, but engine.name is plain, which is one; use deepspeed")
+    if recipe.train.prompts % ranks:
+        raise ValueError(
+            f"train.prompts is {recipe.train.prompts} questions a step, which {ranks} ranks cannot share evenly; "
+            f"use a multiple of {ranks}"
+        )
+    if ranks > 1:
+        dist.join(device(recipe.engine.device))
 
 
 def build(recipe: config.Recipe) -> Parts:
@@ -79,7 +93,7 @@ def build(recipe: config.Recipe) -> Parts:
         processor=processor,
         adapter=adapter,
         sampler=sampler,
-        responses=Responses(adapter, recipe.engine.share_prefix),
+        responses=Responses(adapter, recipe.engine.share_prefix, together=dist.world() > 1),
         terms=terms,
         engine=engine,
         samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
@@ -182,7 +196,8 @@ def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
-    return Shards(recipe.data.train, seed=seed, views=config.views(recipe)), open_tests(recipe)
+    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=config.views(recipe))
+    return training, open_tests(recipe)
 
 
 def open_tests(recipe: config.Recipe) -> Shards:
@@ -194,7 +209,9 @@ def open_tests(recipe: config.Recipe) -> Shards:
 
 def prepare_shards(settings: config.Prepare, folder: str, split: str, count: int) -> None:
     """Spoken built-in questions; shards that are there already, with the same settings, are kept."""
-    prepare(folder, "tasks", count=count, split=split, **settings.model_dump(exclude={"train", "test"}))
+    if dist.rank() == 0:
+        prepare(folder, "tasks", count=count, split=split, **settings.model_dump(exclude={"train", "test"}))
+    dist.gather(None)
 
 
 def ask(sampler: HFSampler, texts: list[str]) -> list[str]:

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from xmodal_opd import lora
+from xmodal_opd import dist, lora
+from xmodal_opd.types import Engine
 
 
 def save(
     run: Path,
     model: PreTrainedModel,
     processor: Any,
-    optimizer: Mapping[str, Any],
+    engine: Engine,
     state: Mapping[str, Any],
     *,
     keep: int,
@@ -33,31 +34,47 @@ def save(
 ) -> Path:
     """Write `run/checkpoints/step-N` (a Hugging Face folder and the trainer's state), N = state["step"].
 
+    Every rank calls this; the folder is on a disk they share. Rank 0 writes all but the engine's own files.
     Raises OSError with what was being written and what is still good, and leaves no half-written folder.
     """
     folder = run / "checkpoints" / f"step-{state['step']:06d}"
-    aside = folder.with_suffix(".writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, first = folder.with_suffix(".writing"), dist.rank() == 0
     try:
-        aside.mkdir(parents=True)
-        write(model, processor, aside)
-        torch.save(dict(optimizer), aside / "optimizer.pt")
-        if ema is not None:
-            save_file(trained(ema, model), aside / "ema.safetensors")
-        (aside / "trainer.json").write_text(json.dumps({**state, "shapes": shapes(model)}))
-        flush(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        point(run, folder)
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.gather(None)
+        engine.save(aside)
+        with engine.whole():
+            if first:
+                write(model, processor, aside)
+                if ema is not None:
+                    save_file(trained(ema, model), aside / "ema.safetensors")
+                (aside / "trainer.json").write_text(json.dumps({**state, "shapes": shapes(model)}))
+        dist.gather(None)
+        if first:
+            publish(run, aside, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-        shutil.rmtree(aside, ignore_errors=True)
+        if dist.is_loss(error):
+            raise
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"checkpoint of step {state['step']} could not be written to {folder.parent}: {reason}; {what_is_left(run)}"
         ) from error
-    for old in sorted((run / "checkpoints").glob("step-??????"))[:-keep]:
-        shutil.rmtree(old)
+    if first:
+        for old in sorted((run / "checkpoints").glob("step-??????"))[:-keep]:
+            shutil.rmtree(old)
     return folder
+
+
+def publish(run: Path, aside: Path, folder: Path) -> None:
+    """Flush what was written aside, and let it be the latest."""
+    flush(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    point(run, folder)
 
 
 def what_is_left(run: Path) -> str:
@@ -128,19 +145,21 @@ def latest(run: Path) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def load(folder: Path, model: PreTrainedModel, ema: nn.Module | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill `model` (and `ema`) from a checkpoint; returns the optimiser's state and the trainer's.
+def load(folder: Path, model: PreTrainedModel, engine: Engine, ema: nn.Module | None = None) -> dict[str, Any]:
+    """Fill `model`, `engine` (and `ema`) from a checkpoint; returns the trainer's state. Every rank calls this.
 
     Raises ValueError when it is not a checkpoint, or one of another model.
     """
     if not (folder / "trainer.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no trainer.json; expected a folder like step-000100")
     state = json.loads((folder / "trainer.json").read_text())
-    refuse_another_model(folder, state.pop("shapes"), shapes(model))
-    load_weights(folder, model)
+    with engine.whole(write=True):
+        refuse_another_model(folder, state.pop("shapes"), shapes(model))
+        load_weights(folder, model)
     if ema is not None:
         ema.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
-    return torch.load(folder / "optimizer.pt", weights_only=True), state
+    engine.load(folder)
+    return state
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:

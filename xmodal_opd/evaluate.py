@@ -1,6 +1,7 @@
 """The same held-out questions as the student sees them and as text: right or wrong, and how far the views differ."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedModel
 
+from xmodal_opd import dist
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, divergence
@@ -66,6 +68,17 @@ def view_kl(model: PreTrainedModel, responses: Responses, rollouts: Sequence[Rol
     sides = [(model, responses.hidden(model, rollouts, view)) for view in ("student", "teacher")]
     per_token = divergence(reverse_kl, sides[0], sides[1], mask, None)
     return (per_token.sum(1) / mask.sum(1)).tolist()
+
+
+def share(pairs: Sequence[Pair]) -> list[Pair]:
+    """This rank's questions: every world-th, as many on every rank. Some are asked twice where they do not divide."""
+    count = math.ceil(len(pairs) / dist.world())
+    return [pairs[(i * dist.world() + dist.rank()) % len(pairs)] for i in range(count)]
+
+
+def joined(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The records of all ranks in the order of the `count` questions that `share` divided."""
+    return [record for some in zip(*dist.gather(list(records)), strict=True) for record in some][:count]
 
 
 def accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -4,8 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,6 +16,9 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch.utils.tensorboard import SummaryWriter
 
+from xmodal_opd import dist
+
+Record = Callable[[int, Mapping[str, Any]], None]  # steps done, what was measured
 JSONL = "metrics.jsonl"
 SHOWN = {  # on the console: the metrics it may stand for, best first ("distill/" is the first that starts so), and how
     "loss": (("loss",), "{:.4g}"),
@@ -23,6 +26,8 @@ SHOWN = {  # on the console: the metrics it may stand for, best first ("distill/
     "reward": (("reward",), "{:.2f}"),
     "student": (("eval/student_accuracy", "student_accuracy"), "{:.1%}"),
 }
+
+SUMMED = ("loss", "distill/", "num_tokens", "judge_failures")  # over ranks: each has its share of these
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -97,6 +102,18 @@ def reward_metrics(rewards: Sequence[float | None], groups: Sequence[int]) -> di
     }
 
 
+def over_ranks(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of one step from those of every rank: sums of what is counted, means of all else.
+
+    Ranks have as many answers each, so means over answers are exact; `entropy` counts a rank's tokens as one.
+    """
+    together: dict[str, list[float]] = {}
+    for some in values:
+        for name, value in some.items():
+            together.setdefault(name, []).append(value)
+    return {name: sum(some) if name.startswith(SUMMED) else fmean(some) for name, some in together.items()}
+
+
 class Progress(AbstractContextManager["Progress"]):
     """The line on the console: a bar on a terminal; elsewhere plain lines, one each `seconds` and the first and last.
 
@@ -151,3 +168,18 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
         return math.inf
+
+
+@contextmanager
+def recording(run: Path, done: int, total: int) -> Iterator[Record]:
+    """Where the loop reports a step: the run folder and the console, on rank 0."""
+    if dist.rank():
+        yield lambda step, values: None
+        return
+    with Metrics(run, done) as metrics, Progress(total, done) as progress:
+
+        def record(step: int, values: Mapping[str, Any]) -> None:
+            metrics.write(step, values)
+            progress.update(step, values)
+
+        yield record

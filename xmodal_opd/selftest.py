@@ -4,11 +4,13 @@ A multimodal forward is easily off by a token or fed the wrong media, and traini
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xmodal_opd import dist
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.scoring.forward import Responses, divergence, statistics, token_logp
 from xmodal_opd.tokens import token_batch
@@ -20,6 +22,22 @@ PROBED = 8  # trainable tensors, from first to last, whose gradients are compare
 
 class CannotShare(RuntimeError):
     """This model's prompt cannot be shared among its answers in the training forward; the message says why."""
+
+
+def sharing(model: PreTrainedModel, responses: Responses, rollouts: Sequence[Rollout]) -> tuple[Responses, str]:
+    """The self-test on sampled answers: `responses`, and where they may not share prompts although asked to, why.
+
+    Call it within `Engine.whole`, on every rank with the same answers. Raises RuntimeError as `check_sampler` does.
+    """
+    alone, why = replace(responses, together=False), ""
+    check_sampler(model, alone, rollouts)
+    try:
+        if responses.share:
+            check_sharing(model, alone, rollouts)
+    except CannotShare as error:
+        why = str(error)
+    whys = [reason for reason in dist.gather(why) if reason]
+    return replace(responses, share=responses.share and not whys), "".join(whys[:1])
 
 
 def check_sampler(model: PreTrainedModel, responses: Responses, rollouts: Sequence[Rollout]) -> float:

@@ -3,15 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from xmodal_opd import models
+from xmodal_opd import dist, models
 from xmodal_opd.background import later, now
 from xmodal_opd.build import STUDENT, Parts
 from xmodal_opd.evaluate import is_right
-from xmodal_opd.metrics import reward_metrics
+from xmodal_opd.metrics import over_ranks, reward_metrics
 from xmodal_opd.objective import Term
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
@@ -26,24 +27,35 @@ Source = tuple[str, str]  # (model, view)
 
 @dataclass(frozen=True)
 class Step:
-    """The rollouts of a step in one order, and the same as numbers."""
+    """This rank's rollouts in one order, the same as numbers, and the numbers of all ranks: what is judged."""
 
     rollouts: list[Rollout]
     sampling: list[str]  # which sampling each came from
     batch: TokenBatch
+    everyone: TokenBatch
+    samplings: list[str]  # of the rows of `everyone`
+    mine: slice  # the rows of `everyone` that are `batch`
 
     def rows(self, sampling: str) -> Tensor:
-        """Where the answers of one sampling stand."""
-        return torch.tensor([r for r, name in enumerate(self.sampling) if name == sampling])
+        """Where the answers of one sampling stand among those of all ranks."""
+        rows = [r for r, name in enumerate(self.samplings) if name == sampling]
+        return torch.tensor(rows, device=self.everyone.mask.device)
 
     def tokens(self, sampling: str) -> int:
-        return int(self.batch.mask[self.rows(sampling)].sum())
+        return int(self.everyone.mask[self.rows(sampling)].sum())
+
+
+def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch) -> Step:
+    """The step of all ranks, from this rank's part of it."""
+    everyone, mine = dist.gather_step(batch)
+    return Step(rollouts, sampling, batch, everyone, [name for some in dist.gather(sampling) for name in some], mine)
 
 
 def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
-    """Sample, judge, backward and update on `pairs`; returns the step's metrics."""
+    """Sample, judge, backward and update on `pairs`; returns the step's metrics, those of all ranks together."""
     step, metrics = sample(parts, pairs, number)
     metrics |= backward(parts, step, number)
+    metrics = over_ranks(dist.gather(metrics))
     metrics |= parts.engine.step(number)
     if "ema" in parts.models:
         models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
@@ -57,11 +69,15 @@ def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
         name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()
     }
     sums = corrections(parts, terms, step)
-    for piece in cut(step.rollouts, parts.recipe.engine.micro_tokens, parts.responses.share):
-        with parts.engine.precision():
-            loss = micro_loss(parts, terms, judged, step, piece, sums)
-        parts.engine.backward(loss)
+    for piece in pieces(parts, step.rollouts):
+        parts.engine.backward(parts.engine.run(partial(micro_loss, parts, terms, judged, step, piece, sums)))
     return sums | {"loss": sum(value for name, value in sums.items() if name.startswith("loss/"))}
+
+
+def pieces(parts: Parts, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rows in micro-batches, as many on every rank: one that has fewer adds empty ones and goes through the motions."""
+    some = list(cut(rollouts, parts.recipe.engine.micro_tokens, parts.responses.share))
+    return some + [[]] * (max(dist.gather(len(some))) - len(some))
 
 
 # ---- sampling and scoring, without gradient
@@ -70,7 +86,7 @@ def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
 def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict[str, float]]:
     """The step's rollouts with all their scores, and what is worth knowing about them."""
     reference = {} if parts.reference is None else {"(reference)": parts.reference}
-    seed = parts.recipe.train.seed * 1_000_003 + number * 4099
+    seed = parts.recipe.train.seed * 1_000_003 + number * 4099 + (dist.rank() << 40)
     answers = parts.sampler.generate(pairs, parts.samplings | reference, seed)
     references = answers.pop("(reference)", None)
     rollouts = [r for some in answers.values() for r in some]
@@ -80,8 +96,8 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
     scores = Scores(batch.scores | local, reward=rewards)
-    step = Step(rollouts, sampling, on_device(replace(batch, scores=scores), parts.student.device))
-    apart = {} if parts.sampler.exact else mismatch(batch)
+    step = gathered(rollouts, sampling, dist.to(replace(batch, scores=scores), parts.student.device))
+    apart = {} if parts.sampler.exact else mismatch(step.everyone)
     return step, describe(parts, answers, rewards, failures) | apart
 
 
@@ -93,9 +109,9 @@ def with_trainer_logp(
     scores = Scores(batch.scores, sampler_logp=batch.student_logp)
     if parts.sampler.exact:
         return replace(batch, scores=scores)
-    views, budget = [parts.samplings[name].view for name in sampling], parts.recipe.engine.micro_tokens
-    model, precision = parts.student, parts.engine.precision
-    logp = trainer_logp(model, parts.responses, rollouts, views, batch.mask, budget, precision)
+    views = [parts.samplings[name].view for name in sampling]
+    cutter = partial(pieces, parts)
+    logp = parts.engine.run(lambda: trainer_logp(parts.student, parts.responses, rollouts, views, batch.mask, cutter))
     return replace(batch, student_logp=logp, scores=scores)
 
 
@@ -127,25 +143,19 @@ def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dic
     out: dict[str, Tensor] = {}
     if not parts.recipe.scoring:
         return out
-    for piece in cut(rollouts, parts.recipe.engine.micro_tokens, parts.responses.share):
-        rows, some, here = torch.tensor(piece), [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
+    for piece in pieces(parts, rollouts):
+        some, here = [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
         for name, scorer in parts.recipe.scoring.items():
             model = parts.models[scorer.model]
             hidden = parts.responses.hidden(model, some, scorer.view)
-            values: dict[str, Tensor] = dict(
-                zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True)
-            )
+            values: dict[str, Tensor] = {}
             if scorer.divergence:
                 own = (parts.student, parts.responses.hidden(parts.student, some, "student"))
                 values["divergence"] = divergence(reverse_kl, own, (model, hidden), here, parts.vocab)
+            values |= zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True)
             for kind, value in values.items():
-                out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[rows] = value.float().cpu()
+                out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[piece] = value.float().cpu()
     return out
-
-
-def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    scores = Scores({name: value.to(device) for name, value in batch.scores.items()})
-    return TokenBatch(batch.mask.to(device), batch.group.to(device), batch.student_logp.to(device), scores)
 
 
 def describe(
@@ -170,22 +180,23 @@ def describe(
 
 
 def judge_term(parts: Parts, term: Term, on: str, step: Step) -> Judged:
-    """The term's verdict on the rows of its sampling, zero on all others. Rewards only where a judge gave some: a row
-    that none was asked for is not one that the judge could not decide."""
-    mine = step.rows(on).to(step.batch.mask.device)
-    batch = take(step.batch, mine)
+    """The term's verdict on this rank's rows: on those of its sampling, judged among those of all ranks; zero on all
+    others. Rewards only where a judge gave some: a row that none was asked for is not one that the judge could not
+    decide."""
+    rows = step.rows(on)
+    batch = take(step.everyone, rows)
     if on not in parts.judged:
         batch = replace(batch, scores=Scores({k: v for k, v in batch.scores.items() if k != "reward"}))
     verdict = term.judge(batch)
-    zeros = torch.zeros_like(step.batch.student_logp)
-    return Judged(zeros.index_copy(0, mine, verdict.weight), zeros.index_copy(0, mine, verdict.advantage))
+    zeros, width = torch.zeros_like(step.everyone.student_logp), step.batch.mask.shape[1]
+    return Judged(*(zeros.index_copy(0, rows, x)[step.mine, :width] for x in (verdict.weight, verdict.advantage)))
 
 
 def corrections(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str, float]:
     """How many tokens of each term the weights against a mismatch hold back."""
     out: dict[str, float] = {}
     for name, term in terms.items():
-        batch = take(step.batch, step.rows(parts.recipe.objective[name].sampling).to(step.batch.mask.device))
+        batch = take(step.everyone, step.rows(parts.recipe.objective[name].sampling))
         for weight in term.row_weights:
             out |= {f"{what}/{name}": share for what, share in corrected(weight, batch).items()}
     return out
@@ -218,7 +229,14 @@ def micro_loss(
             tokens = step.tokens(parts.recipe.objective[name].sampling)
             sums[f"distill/{name}"] = sums.get(f"distill/{name}", 0.0) + float(per_token.detach().sum()) / tokens
         total = total + loss
-    return total
+    return total + idle(parts, hidden, piece)
+
+
+def idle(parts: Parts, hidden: Mapping[Source, tuple[dict[int, int], Tensor]], piece: Sequence[int]) -> Tensor | float:
+    """Zero, with a gradient of zero for all that other ranks train in this piece and this one has no rows for: ranks
+    reduce the same gradients."""
+    unused = [states.sum() for places, states in hidden.values() if not places]
+    return sum(unused, 0.0) if piece else sum(unused, models.head(parts.student)[:0].sum())
 
 
 def sources(parts: Parts, name: str, term: Term) -> tuple[Source, Source | None]:
@@ -231,13 +249,13 @@ def hidden_states(
     parts: Parts, terms: Mapping[str, Term], step: Step, use: Mapping[str, list[int]]
 ) -> dict[Source, tuple[dict[int, int], Tensor]]:
     """Each (model, view) run once over all rows that need it: {row: place}, hidden states. With gradient where a
-    term trains through it; a term that only learns from it detaches."""
+    term trains through it; a term that only learns from it detaches. Ranks run the same ones, without rows too."""
     rows: dict[Source, dict[int, int]] = {}
     trained: set[Source | None] = set()
     for name, mine in use.items():
         student, teacher = sources(parts, name, terms[name])
         moving = {student} if parts.recipe.objective[name].teacher.stop_gradient else {student, teacher}
-        trained |= moving if mine else set()
+        trained |= moving if mine or parts.responses.together else set()
         for source in filter(None, (student, teacher)):
             places = rows.setdefault(source, {})
             for row in mine:
@@ -250,7 +268,7 @@ def hidden_states(
             ),
         )
         for source, places in rows.items()
-        if places
+        if places or parts.responses.together
     }
 
 

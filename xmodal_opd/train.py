@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from xmodal_opd import checkpoint, config, evaluate, report
-from xmodal_opd.build import Parts, build, open_shards
-from xmodal_opd.metrics import Metrics, Progress
+from xmodal_opd import checkpoint, config, dist, evaluate, report
+from xmodal_opd.build import Parts, build, launch, open_shards
+from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
 from xmodal_opd.rollout.hf import Sampling
-from xmodal_opd.scoring.forward import Responses
-from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
+from xmodal_opd.selftest import sharing
 from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair
 
@@ -29,11 +28,19 @@ PATIENCE = 3  # steps in a row without a finite gradient
 def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Run a recipe to its end in its run folder; returns the summary. With `resume`, go on from its last checkpoint.
 
+    Every process of a launch by torchrun or deepspeed calls this; rank 0 alone writes the run folder and prints.
+
     Raises ValueError, RuntimeError or OSError in one sentence for what cannot be run; what was saved stays good.
     SystemExit(130 or 143) when stopped by Ctrl-C or SIGTERM, after the step and a checkpoint.
     """
     began = time.monotonic()
-    run = run_folder(recipe, resume)
+    launch(recipe)
+    with dist.losing_a_rank_is_told():
+        return train_here(recipe, resume, command, began)
+
+
+def train_here(recipe: config.Recipe, resume: bool, command: str, began: float) -> dict[str, Any]:
+    run = dist.decided(run_folder(recipe, resume))
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     torch.manual_seed(recipe.train.seed)
     parts = build(recipe)
@@ -44,16 +51,13 @@ def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> 
     before = evaluated(parts, tests, run / "eval" / "before.jsonl")
     if state["step"] < recipe.train.steps:
         (run / "eval" / "after.jsonl").unlink(missing_ok=True)  # of a shorter run that now goes on
-    with (
-        checkpoint.room_on_disk(run),
-        Metrics(run, state["step"]) as metrics,
-        Progress(recipe.train.steps, state["step"]) as progress,
-    ):
-        loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, metrics, progress, began)
+    with checkpoint.room_on_disk(run), recording(run, state["step"], recipe.train.steps) as record:
+        loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, record, began)
         after = evaluated(parts, tests, run / "eval" / "after.jsonl")
     summary = {"method": recipe.name, "seed": recipe.train.seed} | report.summary(before, after, elapsed(state, began))
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report.curves(run)
+    if dist.rank() == 0:
+        (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        report.curves(run)
     return summary | {"run_dir": str(run)}
 
 
@@ -63,8 +67,7 @@ def loop(
     tests: list[Pair],
     state: dict[str, Any],
     run: Path,
-    metrics: Metrics,
-    progress: Progress,
+    record: Record,
     began: float,
 ) -> None:
     """Steps until the recipe's last. `state` {step, position, seconds, skipped} is what a resumed run starts from."""
@@ -72,21 +75,28 @@ def loop(
     with stop_requests() as stop:
         for number in range(state["step"], recipe.train.steps):
             asked = time.monotonic()
-            taken = list(islice(pairs, recipe.train.prompts))
+            taken = take(pairs, state["position"], recipe.train.prompts // dist.world())
             waited = time.monotonic() - asked
             values = train_step(parts, [pair for _, pair in taken], number)
             values |= {"data_wait": waited, "step_time": time.monotonic() - asked}
             done = number + 1
-            state |= {"step": done, "position": taken[-1][0], "skipped": skipped_in_a_row(values, state, number)}
+            ranks = dist.gather((taken[-1][0], stop[:1]))
+            position, stops = max(p for p, _ in ranks), [s for _, some in ranks for s in some]
+            state |= {"step": done, "position": position, "skipped": skipped_in_a_row(values, state, number)}
             if recipe.eval.every and done % recipe.eval.every == 0:
                 values |= evaluate.accuracies(evaluated(parts, tests[: recipe.eval.during], None))
-            metrics.write(done, values)
-            progress.update(done, values)
-            if done % recipe.checkpoint.every == 0 or done == recipe.train.steps or stop:
+            record(done, values)
+            if done % recipe.checkpoint.every == 0 or done == recipe.train.steps or stops:
                 save(parts, run, state, began)
-            if stop:
-                print(f"stopped after step {done} and saved; go on with --resume run_dir={run}", flush=True)
-                raise SystemExit(128 + stop[0])
+            if stops:
+                dist.say(f"stopped after step {done} and saved; go on with --resume run_dir={run}")
+                raise SystemExit(128 + stops[0])
+
+
+def take(pairs: Iterator[tuple[int, Pair]], start: int, count: int) -> list[tuple[int, Pair]]:
+    """This rank's next `count` pairs at or behind position `start`, where all ranks are: a rank that skipped broken
+    samples is ahead, and the others leave out what it has passed, so that one position tells where every rank is."""
+    return list(islice(((after, pair) for after, pair in pairs if after > start), count))
 
 
 @contextmanager
@@ -121,30 +131,28 @@ def skipped_in_a_row(values: dict[str, float], state: dict[str, Any], number: in
 
 
 def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[str, Any]]:
-    """Records of the test questions, kept at `path`: a resumed run reads what it wrote before."""
-    if path is not None and path.is_file():
-        return evaluate.read(path)
-    settings = parts.recipe.eval
-    records = evaluate.evaluate(
-        tests, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
-    )
-    if path is not None:
+    """Records of the test questions, divided among the ranks and kept at `path`: a resumed run reads what it wrote."""
+    if dist.decided(path is not None and path.is_file()):
+        return dist.decided(evaluate.read(path) if path is not None and dist.rank() == 0 else [])
+    settings, alone = parts.recipe.eval, replace(parts.responses, together=False)
+    with parts.engine.whole():
+        records = evaluate.evaluate(
+            evaluate.share(tests), parts.sampler, alone, parts.right, batch=settings.batch, kl=settings.kl
+        )
+    records = evaluate.joined(records, len(tests))
+    if path is not None and dist.rank() == 0:
         evaluate.write(records, path)
     return records
 
 
 def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
     """The parts, after the self-test on a few questions; with prompts repeated where this model cannot share them."""
-    rollouts = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
-    check_sampler(parts.student, parts.responses, rollouts)
-    if not parts.responses.share:
-        return parts
-    try:
-        check_sharing(parts.student, parts.responses, rollouts)
-    except CannotShare as error:
-        print(f"prompts are repeated for every answer, which is slower: {error}")
-        return replace(parts, responses=Responses(parts.adapter, share=False))
-    return parts
+    with parts.engine.whole():
+        sampled = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
+        responses, why = sharing(parts.student, parts.responses, sampled)
+    if why:
+        dist.say(f"prompts are repeated for every answer, which is slower: {why}")
+    return replace(parts, responses=responses)
 
 
 # ---- the run folder
@@ -170,17 +178,16 @@ def run_folder(recipe: config.Recipe, resume: bool) -> Path:
 def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]:
     """Write what identifies the run, or with `resume` fill the parts from its last checkpoint."""
     if resume and not (run / "recipe.yaml").is_file():
-        print(f"nothing to resume in {run}: a new run begins there")
+        dist.say(f"nothing to resume in {run}: a new run begins there")
     elif resume:
         config.refuse_another_recipe(run / "recipe.yaml", parts.recipe)
-    found = checkpoint.latest(run) if resume else None
+    found = dist.decided(checkpoint.latest(run) if resume else None)
     if found:
-        optimizer, state = checkpoint.load(found, parts.student, parts.models.get("ema"))
-        parts.engine.load_state_dict(optimizer)
-        return state
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(config.dump(parts.recipe))
-    (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
+        return checkpoint.load(found, parts.student, parts.engine, parts.models.get("ema"))
+    if dist.rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(config.dump(parts.recipe))
+        (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
     return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0}
 
 
@@ -189,7 +196,7 @@ def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:
         run,
         parts.student,
         parts.processor,
-        parts.engine.state_dict(),
+        parts.engine,
         state | {"seconds": elapsed(state, began)},
         keep=parts.recipe.checkpoint.keep,
         ema=parts.models.get("ema"),

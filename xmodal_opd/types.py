@@ -3,8 +3,10 @@
 Axes:  B responses   T response tokens   V vocabulary   H hidden   N response tokens, flattened   G rollouts per prompt
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -90,4 +92,37 @@ class Adapter(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Owns the student's parameters: where they are, precision, gradient, clipping and optimiser. Knows no method.
+
+    With several ranks every rank makes the same calls in the same order.
+    """
+
+    def run[T](self, forward: Callable[[], T]) -> T:
+        """`forward()` in the engine's precision; forwards whose loss goes to `backward` are run through here."""
+        ...
+
+    def whole(self, write: bool = False) -> AbstractContextManager:
+        """Within, the student is an ordinary model with all its parameters on every rank, and no forward waits for
+        another rank. With `write`, changes to the parameters are kept."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the step's loss; shares of ranks and micro-batches are summed."""
+        ...
+
+    def step(self, step: int) -> dict[str, float]:
+        """Clip and update: `grad_norm`, `learning_rate`, `skipped` (1: the gradient was not finite and is dropped)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """The optimiser's state, readable at any number of ranks."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote; the student's own weights are loaded before."""
         ...

@@ -1,8 +1,8 @@
 """One process, one device, plain torch."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,13 @@ class PlainEngine:
             )
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
-    def precision(self) -> AbstractContextManager:
-        """The context in which forwards run."""
+    def run[T](self, forward: Callable[[], T]) -> T:
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.autocast)
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            return forward()
+
+    def whole(self, write: bool = False) -> AbstractContextManager:
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -52,8 +55,8 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not finite)}
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+    def save(self, folder: Path) -> None:
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+    def load(self, folder: Path) -> None:
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))

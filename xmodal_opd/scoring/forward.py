@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xmodal_opd import dist
 from xmodal_opd.models import head, hidden_repeated, hidden_shared, softcap
 from xmodal_opd.objective import vocab
 from xmodal_opd.objective.vocab import Divergence
 from xmodal_opd.tokens import response_tokens
-from xmodal_opd.types import Adapter, Rollout
+from xmodal_opd.types import Adapter, Inputs, Rollout
 
 Side = tuple[PreTrainedModel, Tensor]  # a model and its hidden states [B, T, H]
 
@@ -22,22 +23,50 @@ class Responses:
 
     adapter: Adapter
     share: bool = True
+    together: bool = False  # every rank makes the same calls, and runs the parts of the model that any of them needs
 
     def hidden(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str, grad: bool = False) -> Tensor:
         """Hidden states [B, T, H] that predict each token of `rollouts` when the question is seen as `view`."""
         tokens = response_tokens(rollouts).to(model.device)
+        asked = list({id(r.pair): r for r in rollouts}.values()) if self.share else rollouts
+        prompts = self.prompts(model, asked, view)
+        count, width = tokens.shape
+        lent = len(prompts["input_ids"]) - len(asked)
+        if self.together:  # the second token of an answer is a forward of its own, and other ranks may have one
+            tokens = torch.nn.functional.pad(tokens, (0, max(0, 2 - width), 0, lent))
         if not self.share:
-            prompts = self.prompts(model, rollouts, view)
-            return hidden_repeated(model, prompts, tokens, grad)
-        firsts = {id(r.pair): r for r in rollouts}
-        place = {question: i for i, question in enumerate(firsts)}
-        owner = torch.tensor([place[id(r.pair)] for r in rollouts], device=model.device)
-        return hidden_shared(model, self.prompts(model, list(firsts.values()), view), tokens, owner, grad)
+            return hidden_repeated(model, prompts, tokens, grad)[:count, :width]
+        place = {id(r.pair): i for i, r in enumerate(asked)}
+        owner = [place[id(r.pair)] for r in rollouts] + list(range(len(asked), len(asked) + lent))
+        owner = torch.tensor(owner, device=model.device)
+        return hidden_shared(model, prompts, tokens, owner, grad)[:count, :width]
 
     def prompts(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str) -> dict[str, Tensor]:
+        """The model's inputs for the rollouts' prompts, and behind them for what other ranks lend."""
+        views = [r.pair.views[view] for r in rollouts]
         with torch.autocast("cpu", enabled=False):  # features are the extractor's own, whatever the model runs in
-            inputs = self.adapter.batch([r.pair.views[view] for r in rollouts])
+            inputs = self.adapter.batch(views) if views else {}
+            lent = self.lent(views, set(inputs)) if self.together else []
+            inputs = self.adapter.batch([*views, *lent]) if lent else inputs
         return {name: value.to(model.device) for name, value in inputs.items()}
+
+    def lent(self, views: Sequence[Inputs], kinds: set[str]) -> list[Inputs]:
+        """Views of other ranks with kinds of input (audio, pixels, any at all) that `views` has none of.
+
+        A rank without them would not run the encoder whose parameters the others gather, or whose gradient they sum.
+        """
+        everyone = dist.gather(kinds)
+        every, scarce = set().union(*everyone), set().union(*everyone) - set.intersection(*everyone)
+        if not scarce:
+            return []
+        having = {kind: next(v for v in views if kind in self.adapter.batch([v])) for kind in sorted(scarce & kinds)}
+        offers = {kind: view for some in reversed(dist.gather(having)) for kind, view in some.items()}
+        out: list[Inputs] = []
+        for kind in sorted(every - kinds):
+            if kind not in kinds:  # what was lent for another kind may have brought it
+                out.append(offers[kind])
+                kinds = kinds | set(self.adapter.batch(out[-1:]))
+        return out
 
 
 def flat(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -47,7 +76,7 @@ def flat(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def sampled_tokens(rollouts: Sequence[Rollout]) -> Tensor:
     """[N]: the tokens of all answers in the order of `flat`."""
-    return torch.tensor([token for r in rollouts for token in r.tokens])
+    return torch.tensor([token for r in rollouts for token in r.tokens], dtype=torch.long)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 
 from xmodal_opd.objective.divergences import k3
 from xmodal_opd.scoring.forward import Responses, token_logp
-from xmodal_opd.tokens import cut
 from xmodal_opd.types import Rollout, TokenBatch
 
 
@@ -22,21 +20,19 @@ def trainer_logp(
     rollouts: Sequence[Rollout],
     views: Sequence[str],
     mask: Tensor,
-    budget: int,
-    precision: Callable[[], AbstractContextManager],
+    pieces: Callable[[Sequence[Rollout]], list[list[int]]],
 ) -> Tensor:
     """log p [B, T] of the sampled tokens under `model` as it is now, computed as the loss will: the ratio starts at 1.
 
-    views: the view each answer was sampled from. budget: tokens in one forward, padding included.
+    views: the view each answer was sampled from. pieces: which answers fit into one forward.
     """
     out = torch.zeros(mask.shape)
     for view in sorted(set(views)):
         mine = [row for row, seen in enumerate(views) if seen == view]
-        for piece in cut([rollouts[row] for row in mine], budget, responses.share):
+        for piece in pieces([rollouts[row] for row in mine]):
             rows = [mine[i] for i in piece]
             some = [rollouts[row] for row in rows]
-            with precision():
-                logp = token_logp(model, responses.hidden(model, some, view), some, mask[rows].to(model.device))
+            logp = token_logp(model, responses.hidden(model, some, view), some, mask[rows].to(model.device))
             out[rows] = logp.float().cpu()
     return out
 
