@@ -6,16 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    WhisperFeatureExtractor,
-)
+from families import FAMILIES, omni
+from PIL import Image
 
-from modalities.audio.adapter import AudioAdapter
+from modalities.chat import ChatAdapter
 from modalities.tasks import questions
 from tools import build_tiny
 from xmodal_opd.models import attend_in_blocks
@@ -33,73 +27,38 @@ def tokenizer():
     return build_tiny.make_tokenizer(texts)
 
 
-def omni(tokenizer):
-    return build_tiny.make_model(tokenizer, 0), build_tiny.make_processor(tokenizer)
-
-
-def qwen2_audio(tokenizer):
-    token = tokenizer.convert_tokens_to_ids
-    config = Qwen2AudioConfig(
-        audio_config={
-            "num_mel_bins": 80,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 64,
-            "d_model": 32,
-            "max_source_positions": 500,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-        },
-        audio_token_index=token("<|AUDIO|>"),
-    )
-    torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=10)
-    processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer, chat_template=build_tiny.TEMPLATE)
-    return model, processor
-
-
-def qwen2(tokenizer):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **sizes)
-    model = Qwen2ForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    tokenizer.chat_template = build_tiny.TEMPLATE
-    return model, tokenizer
-
-
 ROOT = Path(__file__).parents[1]
-FAMILIES = {"omni": omni, "qwen2_audio": qwen2_audio, "qwen2": qwen2}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request, tokenizer):
     """(name, model, processor, adapter) of each supported class."""
-    model, processor = FAMILIES[request.param](tokenizer)
-    return request.param, attend_in_blocks(model.eval()), processor, AudioAdapter(processor, 512)
+    model, processor = FAMILIES[request.param].make(tokenizer)
+    return request.param, attend_in_blocks(model.eval()), processor, ChatAdapter(processor, 512)
 
 
-def make_pairs(adapter: AudioAdapter, count: int, audio: bool = True) -> list[Pair]:
-    """Questions under an audio view of seconds of noise, all of different lengths, and a text view."""
+def noise(number: int) -> np.ndarray:
+    """Seconds of noise, of another length for every number."""
+    return np.random.default_rng(number).normal(0, 0.1, 8000 + 2400 * number).astype(np.float32)
+
+
+def picture(number: int) -> Image.Image:
+    """Pixels of noise, of another size for every number."""
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (60 + 8 * number, 90, 3), dtype=np.uint8))
+
+
+def make_pairs(adapter: ChatAdapter, count: int) -> list[Pair]:
+    """Questions under a view of what the model reads best, sound, sight or text, and a text view."""
+    kind = next((kind for kind in ("audio", "image") if kind in adapter.reads), None)
     pairs = []
     for i, q in enumerate(itertools.islice(questions(1, "train"), count)):
-        wave = np.random.default_rng(i).normal(0, 0.1, 8000 + 2400 * i).astype(np.float32)
-        text = [{"role": "user", "content": [{"type": "text", "text": q.prompt}]}]
-        spoken = [{"role": "user", "content": [{"type": "audio", "audio": "q.flac"}]}]
-        views = {"teacher": {"key": str(i), "prompt": adapter.template(text), "audio": []}}
-        views["student"] = (
-            {"key": str(i), "prompt": adapter.template(spoken), "audio": [wave]} if audio else views["teacher"]
-        )
+        text = {"type": "text", "text": q.prompt}
+        media = {"audio": ([noise(i)], []), "image": ([], [picture(i)]), None: ([], [])}[kind]
+        asked = [{"type": kind}, *([text] if kind == "image" else [])] if kind else [text]
+        views = {
+            "student": adapter.laid_out(str(i), [{"role": "user", "content": asked}], *media),
+            "teacher": adapter.laid_out(str(i), [{"role": "user", "content": [text]}]),
+        }
         pairs.append(Pair(f"q{i}", views, q.answer, {"task": q.task}))
     return pairs
 

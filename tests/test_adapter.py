@@ -1,12 +1,15 @@
-"""What an audio adapter makes of samples, and what it refuses."""
+"""What the adapter makes of samples, and what it refuses."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import make_pairs, picture
+from families import omni
 
-from modalities.audio.adapter import AudioAdapter
 from modalities.audio.media import encode
+from modalities.chat import ChatAdapter
+from modalities.vision import media as sight
+from xmodal_opd.models import inputs_on, media_tokens
 from xmodal_opd.types import SampleError
 
 
@@ -20,20 +23,49 @@ def tone(seconds: float, rate: int = 8000) -> np.ndarray:
     return (0.3 * np.sin(np.arange(int(seconds * rate)) * 0.2)).astype(np.float32)
 
 
-def test_a_sample_becomes_views_the_model_can_read(family):
-    name, model, processor, adapter = family
-    if name == "qwen2":
-        with pytest.raises(SampleError, match="'k7' has audio, but Qwen2Tokenizer reads text only"):
-            adapter.pair(sample({"q.flac": encode(tone(1.5), 8000)}))
+SOUND = {"type": "audio", "audio": "q.flac"}
+SIGHT = {"type": "image", "image": "q.png"}
+MEDIA = {"audio": (SOUND, {"q.flac": encode(tone(1.5), 8000)}), "image": (SIGHT, {"q.png": sight.encode(picture(0))})}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_a_sample_becomes_views_the_model_can_read(family, kind):
+    _, model, processor, adapter = family
+    part, media = MEDIA[kind]
+    if kind not in adapter.reads:
+        what = {"audio": "audio", "image": "an image"}[kind]
+        with pytest.raises(SampleError, match=f"'k7' has {what}, but {type(processor).__name__} reads text.* only"):
+            adapter.pair(sample(media, part))
         return
-    pair = adapter.pair(sample({"q.flac": encode(tone(1.5), 8000)}))
-    assert len(pair.views["student"]["audio"][0]) == 24000 and pair.answer == "four"
-    batch = adapter.batch([pair.views["student"], pair.views["teacher"]])
-    assert (
-        batch["attention_mask"][:, -1].all()
-        and (batch["input_ids"][0] == processor.tokenizer.audio_token_id).sum() > 10
-    )
+    pair = adapter.pair(sample(media, part))
+    if kind == "audio":
+        assert len(pair.views["student"]["audio"][0]) == 24000 and pair.answer == "four"
+    batch = inputs_on(model, adapter.batch([pair.views["student"], pair.views["teacher"]]))
+    assert batch["attention_mask"][:, -1].all()
+    assert torch.isin(batch["input_ids"][0], torch.tensor(media_tokens(model))).sum() > 3
+    assert not torch.isin(batch["input_ids"][1], torch.tensor(media_tokens(model))).any()
     assert torch.isfinite(model(**batch).logits).all()
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_a_view_is_at_most_as_long_as_its_bound(family, kind):
+    *_, adapter = family
+    if kind in adapter.reads:
+        view = adapter.pair(sample(MEDIA[kind][1], MEDIA[kind][0])).views["student"]
+        assert adapter.batch([view])["input_ids"].shape[1] <= adapter.size(view)
+
+
+def test_media_in_the_words_of_a_question_are_refused(family):
+    *_, adapter = family
+    for token in adapter.placeholders:
+        with pytest.raises(SampleError, match=r"'k7' has '.*' in its text, which .* would take for a medium"):
+            adapter.pair(sample({}, {"type": "text", "text": f"What is {token}?"}))
+
+
+def test_a_kind_of_part_nobody_reads_is_refused_by_name(family):
+    *_, adapter = family
+    with pytest.raises(SampleError, match=r"'k7' has a video, but .* reads text.* only"):
+        adapter.pair(sample({}, {"type": "video", "video": "q.mp4"}))
 
 
 @pytest.mark.parametrize(
@@ -52,16 +84,14 @@ def test_a_sample_becomes_views_the_model_can_read(family):
     ids=["missing", "broken", "silent", "too long", "too many tokens"],
 )
 def test_samples_that_cannot_be_used_are_refused_by_name(tokenizer, media, part, message):
-    from conftest import omni
-
-    adapter = AudioAdapter(omni(tokenizer)[1], 512)
+    adapter = ChatAdapter(omni(tokenizer)[1], 512)
     with pytest.raises(SampleError, match=message):
         adapter.pair(sample(media, part))
 
 
 def test_padding_is_on_the_left_and_changes_no_prompt(family):
-    name, _, _, adapter = family
-    views = [p.views["student"] for p in make_pairs(adapter, 3, audio=name != "qwen2")]
+    *_, adapter = family
+    views = [p.views["student"] for p in make_pairs(adapter, 3)]
     together = adapter.batch(views)
     for row, view in enumerate(views):
         alone = adapter.batch([view])["input_ids"][0]
@@ -69,13 +99,11 @@ def test_padding_is_on_the_left_and_changes_no_prompt(family):
 
 
 def test_audio_that_grows_past_the_limit_is_refused_before_it_is_sampled_from(tokenizer):
-    from conftest import omni
-
     processor = omni(tokenizer)[1]
-    pair = AudioAdapter(processor, 512).pair(sample({"q.flac": encode(tone(8.0), 8000)}))
+    pair = ChatAdapter(processor, 512).pair(sample({"q.flac": encode(tone(8.0), 8000)}))
     view = pair.views["student"]
-    length = AudioAdapter(processor, 512).batch([view])["input_ids"].shape[1]
-    assert length <= AudioAdapter(processor, 512).size(view)
-    assert AudioAdapter(processor, length).pair(sample({"q.flac": encode(tone(8.0), 8000)})).key == "k7"
+    length = ChatAdapter(processor, 512).batch([view])["input_ids"].shape[1]
+    assert length <= ChatAdapter(processor, 512).size(view)
+    assert ChatAdapter(processor, length).pair(sample({"q.flac": encode(tone(8.0), 8000)})).key == "k7"
     with pytest.raises(SampleError, match=f"'k7' has a prompt of {length} tokens; the model reads {length - 1}"):
-        AudioAdapter(processor, length - 1).pair(sample({"q.flac": encode(tone(8.0), 8000)}))
+        ChatAdapter(processor, length - 1).pair(sample({"q.flac": encode(tone(8.0), 8000)}))

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import torch
-from conftest import omni
+from families import omni
 
 from xmodal_opd import checkpoint, config, train
 from xmodal_opd.engine.plain import PlainEngine

@@ -28,6 +28,7 @@ HOMES = {
     "pydantic": {"xmodal_opd/config.py"},
     "yaml": {"xmodal_opd/config.py"},
     "espeakng_loader": {"modalities/audio/speech.py"},
+    "PIL": {"modalities/vision/media.py"},
     "httpx": {"xmodal_opd/serving.py"},
     "peft": {"xmodal_opd/lora.py"},
     "matplotlib": {"xmodal_opd/report.py"},

@@ -13,8 +13,8 @@ from xmodal_opd.tokens import cut, token_batch
 
 @pytest.fixture
 def setup(family):
-    name, model, _processor, adapter = family
-    pairs = make_pairs(adapter, 4, audio=name != "qwen2")
+    _, model, _, adapter = family
+    pairs = make_pairs(adapter, 4)
     return model, adapter, pairs, HFSampler(model, adapter, [model.generation_config.eos_token_id], 12)
 
 

@@ -150,8 +150,8 @@ def example(adapter, question, wave=None, repeat: bool = False):
     parts = [{"type": "text", "text": question.prompt}] if wave is None else [{"type": "audio"}]
     parts += [{"type": "text", "text": REPEAT}] if repeat else []
     ids = adapter.tokenizer(question.prompt if repeat else question.response)["input_ids"]
-    prompt = adapter.template([{"role": "user", "content": parts}])
-    view = {"key": question.instance, "prompt": prompt, "audio": [] if wave is None else [wave]}
+    messages = [{"role": "user", "content": parts}]
+    view = adapter.laid_out(question.instance, messages, [] if wave is None else [wave])
     return view, [*ids, adapter.tokenizer.eos_token_id]
 
 
@@ -323,7 +323,7 @@ def build(folder: Path, work: Path, seed: int) -> None:
     """Train what is not yet in `work`, and write the model with its processor to `folder` in bfloat16."""
     import torch
 
-    from modalities.audio.adapter import AudioAdapter
+    from modalities.chat import ChatAdapter
     from modalities.tasks import questions
 
     began = time.monotonic()
@@ -331,7 +331,7 @@ def build(folder: Path, work: Path, seed: int) -> None:
     asked = itertools.islice(questions(seed, "train"), 20000)
     processor = make_processor(make_tokenizer(f"user\nassistant\n{REPEAT} {q.prompt} {q.response}" for q in asked))
     model = make_model(processor.tokenizer, seed)
-    adapter = AudioAdapter(processor, 512)
+    adapter = ChatAdapter(processor, 512)
     held_out = clips("test", seed + 9999, 300)
     for name, stage in STAGES.items():
         kept = work / f"{name}.pt"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modalities.audio.adapter import AudioAdapter
 from modalities.audio.prepare import prepare
+from modalities.chat import ChatAdapter
 from xmodal_opd import config, dist, lora, models
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
@@ -20,7 +20,7 @@ from xmodal_opd.scoring.forward import Responses
 from xmodal_opd.scoring.judge import build_judge
 from xmodal_opd.types import Adapter, Engine, Pair
 
-ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": AudioAdapter}
+ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": ChatAdapter, "vision": ChatAdapter}
 STUDENT = "current"
 
 

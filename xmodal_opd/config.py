@@ -162,7 +162,7 @@ class Checkpoint(Part):
 
 class Recipe(Part):
     name: str
-    modality: Literal["audio"] = "audio"
+    modality: Literal["audio", "vision"] = "audio"
     model: Model = Model()
     data: Data
     rollout: Rollout

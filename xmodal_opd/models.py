@@ -209,6 +209,12 @@ def head(model: PreTrainedModel) -> Tensor:
     return projection(model).weight
 
 
+def inputs_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs where the model is and, if they are features, in its dtype: Qwen3-Omni does not see to it."""
+    features = {name: value.to(model.dtype) for name, value in inputs.items() if value.is_floating_point()}
+    return {name: value.to(model.device) for name, value in {**inputs, **features}.items()}
+
+
 @torch.enable_grad()
 def hidden_shared(
     model: PreTrainedModel, prompts: Mapping[str, Tensor], tokens: Tensor, owner: Tensor, grad: bool = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from xmodal_opd.models import continue_from, media_tokens, prefill, projection, softcap
+from xmodal_opd.models import continue_from, inputs_on, media_tokens, prefill, projection, softcap
 from xmodal_opd.objective.vocab import capped
 from xmodal_opd.types import Adapter, Pair, Rollout
 
@@ -122,7 +122,7 @@ class HFSampler:
         plan = [
             (name, i, s.temperature) for i in range(len(pairs)) for name, s in samplings.items() for _ in range(s.n)
         ]
-        prompts = {k: v.to(self.model.device) for k, v in self.adapter.batch([p.views[view] for p in pairs]).items()}
+        prompts = inputs_on(self.model, self.adapter.batch([p.views[view] for p in pairs]))
         device = self.model.device
         owner = torch.tensor([i for _, i, _ in plan], device=device)
         heat = torch.tensor([t for _, _, t in plan], device=device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xmodal_opd import dist
-from xmodal_opd.models import head, hidden_repeated, hidden_shared, softcap
+from xmodal_opd.models import head, hidden_repeated, hidden_shared, inputs_on, softcap
 from xmodal_opd.objective import vocab
 from xmodal_opd.objective.vocab import Divergence
 from xmodal_opd.tokens import response_tokens
@@ -47,8 +47,7 @@ class Responses:
         with torch.autocast("cpu", enabled=False):  # features are the extractor's own, whatever the model runs in
             inputs = self.adapter.batch(views) if views else {}
             lent = self.lent(views, set(inputs)) if self.together else []
-            inputs = self.adapter.batch([*views, *lent]) if lent else inputs
-        return {name: value.to(model.device) for name, value in inputs.items()}
+            return inputs_on(model, self.adapter.batch([*views, *lent]) if lent else inputs)
 
     def lent(self, views: Sequence[Inputs], kinds: set[str]) -> list[Inputs]:
         """Views of other ranks with kinds of input (audio, pixels, any at all) that `views` has none of.

@@ -1,0 +1,109 @@
+"""Questions in text, speech and images as inputs of any model that has a transformers processor and chat template."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from modalities.audio import media as sound
+from modalities.families import extractor_of, family_of, parts_of
+from modalities.vision import media as sight
+from xmodal_opd.types import Inputs, Pair, SampleError
+
+
+class ChatAdapter:
+    """Views from shards: media decoded, prompts laid out by the model's own chat template."""
+
+    def __init__(self, processor: Any, max_tokens: int):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.extractor = extractor_of(processor)
+        self.family = family_of(processor)
+        self.max_tokens = max_tokens
+        has = {"audio": self.extractor is not None, "image": hasattr(processor, "image_processor")}
+        self.reads = ["text", *(kind for kind, here in has.items() if here)]
+        tokens = (getattr(processor, f"{kind}_token", None) for kind in ("audio", "image", "video"))
+        self.placeholders = [token for token in tokens if isinstance(token, str)]
+
+    def pair(self, sample: Mapping[str, Any]) -> Pair:
+        """Raises SampleError when media cannot be decoded or a view is longer than the model reads."""
+        key = sample["__key__"]
+        views = {name: self.view(key, messages, sample["media"]) for name, messages in sample["views"].items()}
+        return Pair(key, views, sample.get("answer"), sample.get("meta", {}))
+
+    def view(self, key: str, messages: list[dict], media: Mapping[str, bytes]) -> Inputs:
+        """{"key", "prompt": laid out, "audio": its waveforms, "images"}."""
+        found: dict[str, list] = defaultdict(list)
+        for part in (p for m in messages for p in parts_of(m)):
+            if part["type"] == "text":
+                self.check_text(key, part["text"])
+            else:
+                found[part["type"]].append(self.medium(key, part, media))
+        if self.family.clips is not None and len(found["audio"]) > self.family.clips:
+            raise SampleError(f"sample {key!r} has {len(found['audio'])} clips in one view; {self.who()} reads one")
+        return self.checked(self.laid_out(key, messages, found["audio"], found["image"]))
+
+    def laid_out(self, key: str, messages: list[dict], audio: Sequence[Any] = (), images: Sequence[Any] = ()) -> Inputs:
+        """A view of media that are decoded already; nothing is checked."""
+        prompt = self.family.lay_out(self.processor, messages, audio)
+        return {"key": key, "prompt": prompt, "audio": list(audio), "images": list(images)}
+
+    def checked(self, view: Inputs) -> Inputs:
+        if self.size(view) > self.max_tokens:
+            self.batch([view])  # the bound is over the limit; the exact length may not be
+        return view
+
+    def size(self, view: Inputs) -> int:
+        """Tokens of the prompt, and at least as many as its media take."""
+        prompt = view["prompt"]
+        words = len(prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"])
+        heard = sum(self.family.clip_tokens(self.processor, len(wave)) for wave in view["audio"])
+        return words + heard + sum(self.family.image_tokens(self.processor, i.height, i.width) for i in view["images"])
+
+    def medium(self, key: str, part: Mapping[str, Any], media: Mapping[str, bytes]) -> Any:
+        """A part's waveform or image."""
+        kind = part["type"]
+        if kind not in self.reads:
+            what = {"image": "an image", "video": "a video"}.get(kind, kind)
+            raise SampleError(f"sample {key!r} has {what}, but {self.who()} reads {' and '.join(self.reads)} only")
+        name = part[kind]
+        if name not in media:
+            have = ", ".join(sorted(media)) or "none"
+            raise SampleError(f"sample {key!r} names the {kind} {name!r}, which its shard lacks (has: {have})")
+        try:
+            return self.clip(media[name]) if kind == "audio" else sight.decode(media[name])
+        except SampleError as error:
+            raise SampleError(f"sample {key!r}, {kind} {name!r}: {error}") from error
+
+    def clip(self, data: bytes) -> sound.Wave:
+        rate, longest = self.extractor.sampling_rate, self.family.longest(self.processor)
+        wave = sound.decode(data, rate)
+        if longest is not None and len(wave) > longest:
+            seconds, limit = len(wave) / rate, longest / rate
+            raise SampleError(f"{seconds:.1f} s is over the model's {limit:.1f} s; cut or drop it")
+        return wave
+
+    def check_text(self, key: str, text: str) -> None:
+        if token := next((token for token in self.placeholders if token in text), None):
+            raise SampleError(f"sample {key!r} has {token!r} in its text, which {self.who()} would take for a medium")
+
+    def who(self) -> str:
+        return type(self.processor).__name__
+
+    def text(self, prompt: str) -> Inputs:
+        """The view of a plain question in text."""
+        return self.view(prompt[:40], [{"role": "user", "content": [{"type": "text", "text": prompt}]}], {})
+
+    def batch(self, views: Sequence[Inputs]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` [P, L], left-padded, and the features of all media in order."""
+        prompts, audio, images = ([view[part] for view in views] for part in ("prompt", "audio", "images"))
+        out = self.family.call(self.processor, prompts, audio, images)
+        for view, length in zip(views, out["attention_mask"].sum(1).tolist(), strict=True):
+            if length > self.max_tokens:
+                what = f"sample {view['key']!r} has a prompt of {length} tokens"
+                raise SampleError(f"{what}; the model reads {self.max_tokens}")
+        return dict(out)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

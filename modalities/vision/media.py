@@ -1,0 +1,58 @@
+"""Image files and bytes -> RGB images."""
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from xmodal_opd.types import SampleError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 50_000_000  # a page scanned at 600 dpi has 35 million; a few kilobytes can claim any number
+LONGEST_SIDE = 100  # times the shorter one: the processors cut images into tiles or patches, and refuse from 200 on
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def decode(source: bytes | str | Path) -> Image.Image:
+    """Bytes or file (png, jpeg, webp, gif, bmp, tiff; the first frame) -> RGB image, upright, transparency on white.
+
+    Raises SampleError for an image that is unreadable, or of a size no model reads; its size is known before its
+    pixels are.
+    """
+    what = f"image of {len(source)} bytes" if isinstance(source, bytes) else f"image file {source}"
+    where = io.BytesIO(source) if isinstance(source, bytes) else source
+    quiet = warnings.catch_warnings(action="ignore")  # about bombs, which `check` refuses, and odd metadata
+    try:
+        with quiet, Image.open(where, formats=FORMATS) as file:
+            check(file.size, what)
+            return on_white(ImageOps.exif_transpose(file))
+    except SampleError:
+        raise
+    except UNREADABLE as error:
+        raise SampleError(f"{what} cannot be decoded as png, jpeg, webp, gif, bmp or tiff ({error})") from None
+
+
+def check(size: tuple[int, int], what: str) -> None:
+    """Raises SampleError when an image of this width and height is too big or too thin."""
+    width, height = size
+    if width * height > MOST_PIXELS:
+        raise SampleError(f"{what} has {width} x {height} pixels, over {MOST_PIXELS:,}; scale it down")
+    if max(size) > LONGEST_SIDE * min(size):
+        raise SampleError(f"{what} has {width} x {height} pixels: one side is over {LONGEST_SIDE} times the other")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    return page.convert("RGB")
+
+
+def encode(image: Image.Image) -> bytes:
+    """A PNG file."""
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
