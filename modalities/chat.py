@@ -105,5 +105,13 @@ class ChatAdapter:
                 raise SampleError(f"{what}; the model reads {self.max_tokens}")
         return dict(out)
 
+    def served(self, view: Inputs) -> tuple[list[int], list[dict[str, str]]]:
+        """Ids with one placeholder for each medium, and the media, audio before images: their order within a kind is
+        all a server asks for."""
+        prompt, rate = view["prompt"], getattr(self.extractor, "sampling_rate", 0)
+        media = [{"type": "audio_url", "url": sound.data_url(wave, rate)} for wave in view["audio"]]
+        media += [{"type": "image_url", "url": sight.data_url(image)} for image in view["images"]]
+        return list(prompt) if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"], media
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -15,7 +15,7 @@ def test_its_gap_is_there_to_be_closed(tmp_path):
     prepare_shards(recipe.data.prepare.model_copy(update={"seed": 7}), str(tmp_path), "test", 120)
     parts = build(recipe)
     pairs = [pair for _, pair in Shards(str(tmp_path), shuffle=False).pairs(parts.adapter, epochs=1)]
-    found = accuracies(evaluate(pairs, parts.sampler, parts.responses, parts.right, batch=24))
+    found = accuracies(evaluate(pairs, parts.student, parts.sampler, parts.responses, parts.right, batch=24))
     assert found["eval/text_accuracy"] >= 0.95
     assert 0.2 <= found["eval/student_accuracy"] <= 0.75  # 0.3 to 0.7 by its builder's count, here on fewer questions
     assert found["eval/token_kl"] > 0.05

@@ -12,10 +12,11 @@ from transformers import DynamicCache
 from modalities.chat import ChatAdapter
 from xmodal_opd import models
 from xmodal_opd.objective.divergences import reverse_kl
-from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence, divergence_of_both, token_logp
 from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
+from xmodal_opd.types import Sampling
 
 
 @pytest.fixture

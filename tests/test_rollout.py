@@ -6,9 +6,10 @@ from conftest import make_pairs
 from transformers import GenerationConfig
 
 from xmodal_opd.models import media_tokens
-from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.tokens import cut, token_batch
+from xmodal_opd.types import Sampling
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """From a recipe to live parts: the only file that names concrete classes."""
 
+import atexit
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,16 +13,18 @@ from transformers import PreTrainedModel
 
 from modalities.audio.prepare import prepare
 from modalities.chat import ChatAdapter
-from xmodal_opd import config, dist, lora, models
+from xmodal_opd import checkpoint, config, dist, lora, models
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
-from xmodal_opd.rollout.hf import HFSampler, Sampling
+from xmodal_opd.rollout.hf import HFSampler
+from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.answers import same_answers
 from xmodal_opd.scoring.forward import Responses
 from xmodal_opd.scoring.judge import build_judge
-from xmodal_opd.types import Adapter, Engine, Pair
+from xmodal_opd.serving import Servers
+from xmodal_opd.types import Adapter, Engine, Pair, Sampler, Sampling
 
 ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": ChatAdapter, "vision": ChatAdapter}
 STUDENT = "current"
@@ -32,7 +38,7 @@ class Parts:
     models: dict[str, PreTrainedModel]  # "current" is the student; teachers by the name the recipe gives them
     processor: Any
     adapter: Adapter
-    sampler: HFSampler
+    sampler: Sampler
     responses: Responses
     terms: dict[str, Term]
     engine: Engine
@@ -67,16 +73,14 @@ def launch(recipe: config.Recipe) -> None:
         dist.join(device(recipe.engine.device))
 
 
-def build(recipe: config.Recipe) -> Parts:
-    """Live parts on the recipe's device. Raises ValueError in one sentence for what cannot be built."""
+def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
+    """Live parts on the recipe's device, which write to the run's folder where there is one. Raises ValueError in one
+    sentence for what cannot be built."""
     terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
     schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
     student = load_student(recipe)
     processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
     adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
-    sampler = HFSampler(
-        student, adapter, end_tokens(student, processor), recipe.rollout.max_tokens, recipe.rollout.batch_tokens
-    )
     optim = recipe.optim
     engine = PlainEngine(
         student,
@@ -87,6 +91,7 @@ def build(recipe: config.Recipe) -> Parts:
         schedule=lambda step: schedule(step, recipe.train.steps),
         autocast=recipe.engine.autocast,
     )
+    sampler = build_sampler(recipe, student, processor, adapter, engine, run)
     return Parts(
         recipe=recipe,
         models={STUDENT: student} | teachers(recipe, student),
@@ -97,7 +102,7 @@ def build(recipe: config.Recipe) -> Parts:
         terms=terms,
         engine=engine,
         samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
-        judge=None if recipe.judge is None else build_judge(recipe.judge.name, ask=lambda texts: ask(sampler, texts)),
+        judge=None if recipe.judge is None else build_judge(recipe.judge.name, partial(ask, sampler, adapter)),
         judged=frozenset(
             t.sampling for t in recipe.objective.values() if "reward" in map(config.piece_name, t.advantages)
         ),
@@ -117,6 +122,32 @@ def load_student(recipe: config.Recipe) -> PreTrainedModel:
     modules = lora.target_modules(student, settings.targets, settings.parts)
     lora.inject(student, modules, settings.rank, settings.alpha, moving)
     return student
+
+
+def build_sampler(
+    recipe: config.Recipe, student: PreTrainedModel, processor: Any, adapter: Adapter, engine: Engine, run: Path | None
+) -> Sampler:
+    settings, ends = recipe.rollout, end_tokens(student, processor)
+    if settings.name == "hf":
+        return HFSampler(student, adapter, ends, settings.max_tokens, settings.batch_tokens)
+
+    def export(folder: Path) -> None:
+        with engine.whole():
+            if dist.rank() == 0:
+                checkpoint.export(student, processor, folder)
+
+    sampler = VLLMSampler(
+        Servers(settings.servers, settings.timeout, settings.retries, settings.concurrency, settings.wait),
+        adapter,
+        eos=ends,
+        banned=models.media_tokens(student),
+        max_tokens=settings.max_tokens,
+        export=export,
+        folder=Path(settings.sync_folder or run or tempfile.gettempdir()) / "weights",
+    )
+    if dist.rank() == 0:
+        atexit.register(sampler.clear)
+    return sampler
 
 
 def sampling(part: config.Sampling) -> Sampling:
@@ -214,8 +245,8 @@ def prepare_shards(settings: config.Prepare, folder: str, split: str, count: int
     dist.gather(None)
 
 
-def ask(sampler: HFSampler, texts: list[str]) -> list[str]:
+def ask(sampler: Sampler, adapter: Adapter, texts: list[str]) -> list[str]:
     """The student's own greedy answers to prompts in text."""
-    views = [sampler.adapter.text(text) for text in texts]
+    views = [adapter.text(text) for text in texts]
     pairs = [Pair(f"prompt {i}", {"student": view}) for i, view in enumerate(views)]
     return [r.text for r in sampler.generate(pairs, {"": Sampling(temperature=0.0)}, seed=0)[""]]

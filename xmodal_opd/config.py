@@ -30,6 +30,7 @@ PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  
 # when a run goes on; not eval.samples: what was measured before is compared with what is measured after
 MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")
 MAY_CHANGE += ("engine.device", "engine.micro_tokens", "run_dir")
+MAY_CHANGE += tuple(f"rollout.{key}" for key in ("servers", "sync_folder", "timeout", "retries", "concurrency", "wait"))
 
 
 class Part(BaseModel):
@@ -82,8 +83,15 @@ class Sampling(Part):
 
 
 class Rollout(Part):
+    name: Literal["hf", "vllm"] = "hf"
     max_tokens: int = Field(default=200, ge=1)
-    batch_tokens: int = Field(default=16384, ge=1)
+    batch_tokens: int = Field(default=16384, ge=1)  # hf: prompt and answer tokens decoded together, padding included
+    servers: list[str] = []  # vllm: addresses such as http://127.0.0.1:8000
+    sync_folder: str | None = None  # vllm: where weights go, which all servers see; default: the run folder
+    timeout: float = Field(default=300.0, gt=0)  # vllm: seconds of one attempt
+    retries: int = Field(default=3, ge=0)  # vllm: more attempts, on whichever server is free
+    concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time
+    wait: float = Field(default=600.0, gt=0)  # vllm: seconds to wait while no server answers
     samplings: dict[str, Sampling]
 
 
@@ -305,6 +313,11 @@ def check_references(path: str, recipe: Recipe) -> None:
                 f"{path}: objective.{name}.teacher.stop_gradient=false needs a teacher that moves: model current, "
                 f"not {term.teacher.model!r}"
             )
+    if (recipe.rollout.name == "vllm") != bool(recipe.rollout.servers):
+        raise ValueError(
+            f"{path}: rollout.servers is {recipe.rollout.servers} and rollout.name is {recipe.rollout.name!r}; vllm "
+            "needs the addresses of its servers, such as [http://127.0.0.1:8000], and hf has none"
+        )
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     judged = [n for n, t in recipe.objective.items() if any(piece_name(a) == "reward" for a in t.advantages)]

@@ -13,17 +13,23 @@ from transformers import PreTrainedModel
 
 from xmodal_opd import dist
 from xmodal_opd.objective.divergences import reverse_kl
-from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, divergence
 from xmodal_opd.tokens import token_batch
-from xmodal_opd.types import Pair, Rollout
+from xmodal_opd.types import Pair, Rollout, Sampler, Sampling
 
 VIEWS = {"student": Sampling(temperature=0.0, view="student"), "text": Sampling(temperature=0.0, view="teacher")}
 Right = Callable[[str, str], bool]
 
 
 def evaluate(
-    pairs: Sequence[Pair], sampler: HFSampler, responses: Responses, right: Right, *, batch: int, kl: bool = True
+    pairs: Sequence[Pair],
+    model: PreTrainedModel,
+    sampler: Sampler,
+    responses: Responses,
+    right: Right,
+    *,
+    batch: int,
+    kl: bool = True,
 ) -> list[dict[str, Any]]:
     """One record per question: key, task, answer, both greedy answers and whether they are right, token KL.
 
@@ -32,15 +38,15 @@ def evaluate(
     return [
         record
         for some in track(list(batched(pairs, batch)), "evaluating", transient=True)
-        for record in evaluate_some(some, sampler, responses, right, kl)
+        for record in evaluate_some(some, model, sampler, responses, right, kl)
     ]
 
 
 def evaluate_some(
-    pairs: Sequence[Pair], sampler: HFSampler, responses: Responses, right: Right, kl: bool
+    pairs: Sequence[Pair], model: PreTrainedModel, sampler: Sampler, responses: Responses, right: Right, kl: bool
 ) -> Iterator[dict[str, Any]]:
     answers = sampler.generate(pairs, VIEWS, seed=0)
-    gaps = view_kl(sampler.model, responses, answers["student"]) if kl else [None] * len(pairs)
+    gaps = view_kl(model, responses, answers["student"]) if kl else [None] * len(pairs)
     for pair, student, text, gap in zip(pairs, answers["student"], answers["text"], gaps, strict=True):
         yield {
             "key": pair.key,

@@ -56,7 +56,7 @@ def evaluate_only(recipe: config.Recipe, folder: str | None, output: str) -> lis
     parts = aligned(parts, pairs[:PROBE])
     settings = recipe.eval
     records = evaluate.evaluate(
-        pairs, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
+        pairs, parts.student, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
     )
     evaluate.write(records, Path(output))
     return records

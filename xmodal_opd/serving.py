@@ -8,7 +8,7 @@ Several servers that give the same answers (`rollout/vllm.py`, `scoring/served.p
 
     async def ask(bodies):
         async with servers.session() as session:
-            return await asyncio.gather(*(session.post("/v1/completions", body) for body in bodies))
+            return await gather(session.post("/v1/completions", body) for body in bodies)
 
     replies = asyncio.run(ask(bodies))  # or on a thread, while something else runs
 
@@ -16,7 +16,7 @@ What is known of the servers outlives a session; connections do not.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,17 @@ async def patiently[T](attempt: Callable[[], Awaitable[T]], retries: int) -> T:
                 raise
         await asyncio.sleep(pause(number))
     return await attempt()
+
+
+async def gather[T](calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them return, in order; the first error ends the others."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def pause(number: int) -> float:

@@ -1,5 +1,6 @@
 """One training step: sample, score, judge the whole step once, then turn micro-batches into loss."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +60,9 @@ def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, fl
     metrics |= parts.engine.step(number)
     if "ema" in parts.models:
         models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
-    return metrics
+    began = time.monotonic()
+    parts.sampler.sync()
+    return metrics | ({} if parts.sampler.exact else {"sync_time": time.monotonic() - began})
 
 
 def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:

@@ -16,10 +16,9 @@ from xmodal_opd import checkpoint, config, dist, evaluate, report
 from xmodal_opd.build import Parts, build, launch, open_shards
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
-from xmodal_opd.rollout.hf import Sampling
 from xmodal_opd.selftest import sharing
 from xmodal_opd.step import train_step
-from xmodal_opd.types import Pair
+from xmodal_opd.types import Pair, Sampling
 
 PROBE = 4  # questions
 PATIENCE = 3  # steps in a row without a finite gradient
@@ -43,7 +42,7 @@ def train_here(recipe: config.Recipe, resume: bool, command: str, began: float) 
     run = dist.decided(run_folder(recipe, resume))
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     torch.manual_seed(recipe.train.seed)
-    parts = build(recipe)
+    parts = build(recipe, run)
     training, testing = open_shards(recipe)
     state = begin(parts, run, resume, command)
     tests = [pair for _, pair in islice(testing.pairs(parts.adapter, epochs=1), recipe.eval.samples)]
@@ -134,10 +133,11 @@ def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[s
     """Records of the test questions, divided among the ranks and kept at `path`: a resumed run reads what it wrote."""
     if dist.decided(path is not None and path.is_file()):
         return dist.decided(evaluate.read(path) if path is not None and dist.rank() == 0 else [])
-    settings, alone = parts.recipe.eval, replace(parts.responses, together=False)
+    settings, mine = parts.recipe.eval, evaluate.share(tests)
+    alone = replace(parts.responses, together=False)
     with parts.engine.whole():
         records = evaluate.evaluate(
-            evaluate.share(tests), parts.sampler, alone, parts.right, batch=settings.batch, kl=settings.kl
+            mine, parts.student, parts.sampler, alone, parts.right, batch=settings.batch, kl=settings.kl
         )
     records = evaluate.joined(records, len(tests))
     if path is not None and dist.rank() == 0:
@@ -147,6 +147,7 @@ def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[s
 
 def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
     """The parts, after the self-test on a few questions; with prompts repeated where this model cannot share them."""
+    parts.sampler.sync()
     with parts.engine.whole():
         sampled = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
         responses, why = sharing(parts.student, parts.responses, sampled)

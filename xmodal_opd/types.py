@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -40,6 +40,15 @@ class Rollout:
     finished: bool
     group: int  # answers to the same prompt from the same sampling share a group
     prompt_tokens: int = 0  # length of the prompt it was sampled from, media included
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """n answers per question at a temperature; 0 is greedy."""
+
+    n: int = 1
+    temperature: float = 1.0
+    view: str = "student"
 
 
 class Scores(dict[str, Tensor]):
@@ -90,6 +99,11 @@ class Adapter(Protocol):
         """At least as many tokens as the view's prompt has, media included; what cuts batches to fit."""
         ...
 
+    def served(self, view: Inputs) -> tuple[list[int], list[dict[str, str]]]:
+        """The same prompt for a server that lays media out itself: its ids with one placeholder for each medium, and
+        the media in order as {"type": "audio_url" | "image_url" | "video_url", "url": "data:…"}."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
         ...
@@ -125,4 +139,19 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """What `save` wrote; the student's own weights are loaded before."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Lets the student answer."""
+
+    exact: ClassVar[bool]  # whether its log-probs are the training model's own, to the bit
+
+    def generate(self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int) -> dict[str, list[Rollout]]:
+        """Rollouts per sampling, in the order of `pairs`, n to a pair; pair i's answers form group i."""
+        ...
+
+    def sync(self) -> None:
+        """The student's weights have moved: whoever answers from here on has the new ones."""
         ...

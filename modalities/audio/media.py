@@ -1,5 +1,6 @@
 """Audio files and bytes <-> waveforms (float32 numpy [samples], mono)."""
 
+import base64
 import io
 from functools import cache
 from pathlib import Path
@@ -69,3 +70,10 @@ def encode(wave: Wave, rate: int) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, wave / peak if peak > 1 else wave, rate, format="FLAC", subtype="PCM_16")
     return out.getvalue()
+
+
+def data_url(wave: Wave, rate: int) -> str:
+    """A waveform at `rate` Hz for a request, as it is: WAV of 32-bit floats, so that a server hears not a bit less."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}"

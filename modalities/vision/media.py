@@ -1,5 +1,6 @@
 """Image files and bytes -> RGB images."""
 
+import base64
 import io
 import struct
 import warnings
@@ -56,3 +57,8 @@ def encode(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, format="PNG")
     return out.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """An image for a request, as it is."""
+    return f"data:image/png;base64,{base64.b64encode(encode(image)).decode()}"

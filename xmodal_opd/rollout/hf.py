@@ -14,16 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from xmodal_opd.models import continue_from, inputs_on, media_tokens, prefill, projection, softcap
 from xmodal_opd.objective.vocab import capped
-from xmodal_opd.types import Adapter, Pair, Rollout
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """n answers per question at a temperature; 0 is greedy."""
-
-    n: int = 1
-    temperature: float = 1.0
-    view: str = "student"
+from xmodal_opd.types import Adapter, Pair, Rollout, Sampling
 
 
 @torch.no_grad()
@@ -103,6 +94,9 @@ class HFSampler:
                 for name, rollouts in self.answer(chunk, here, view, start, generator).items():
                     out[name] += rollouts
         return out
+
+    def sync(self) -> None:
+        """Nothing to do: it samples from the very model that trains."""
 
     def pairs_at_once(self, pairs: Sequence[Pair], view: str, answers: int) -> int:
         if not pairs:
