@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xmodal_opd import config, step
-from xmodal_opd.background import later, now
+from xmodal_opd.background import later, now, read_ahead
 from xmodal_opd.build import build, open_shards
 
 SCORED = "scoring.teacher={view: teacher}"
@@ -80,3 +80,46 @@ def test_a_judge_that_asks_the_student_does_not_run_beside_it(world, monkeypatch
     monkeypatch.setattr(step, "rewards_of", noted)
     step.sample(parts, pairs, 0)
     assert asked_in == [threading.main_thread()]
+
+
+def test_the_next_items_are_read_while_the_last_are_used():
+    second = threading.Event()
+
+    def items():
+        for number in range(7):
+            if number == 3:
+                second.set()
+            yield number
+
+    ahead = read_ahead(items(), 2)
+    assert next(ahead) == 0
+    assert second.wait(30), "the second two were not read while the first were in use"
+    assert list(ahead) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_reading_raises_is_raised_where_its_items_are_due():
+    def items():
+        yield from range(3)
+        raise RuntimeError("more than 1 % of the samples are broken")
+
+    ahead = read_ahead(items(), 2)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(RuntimeError, match="are broken"):
+        next(ahead)
+
+
+def test_a_loop_that_ends_early_leaves_no_reader_behind():
+    began, go = threading.Event(), threading.Event()
+
+    def items():
+        yield from range(2)
+        began.set()
+        go.wait(5)
+        yield from range(2)
+
+    ahead = read_ahead(items(), 2)
+    next(ahead)
+    assert began.wait(5)
+    threading.Timer(0.2, go.set).start()
+    ahead.close()
+    assert go.is_set()

@@ -1,8 +1,11 @@
-"""Work beside the loop, in a thread: the judge while models score, the next answers while this step trains."""
+"""Work beside the loop, in a thread: the judge while models score, the next questions while a step trains."""
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from itertools import islice
+
+PATIENCE = 10  # seconds a loop that ends early gives the reading it no longer needs
 
 
 def later[**P, T](call: Callable[P, T], *args: P.args, **options: P.kwargs) -> Future[T]:
@@ -24,3 +27,17 @@ def now[**P, T](call: Callable[P, T], *args: P.args, **options: P.kwargs) -> Fut
     future: Future[T] = Future()
     future.set_result(call(*args, **options))
     return future
+
+
+def read_ahead[T](items: Iterator[T], size: int) -> Iterator[T]:
+    """The same items in the same order: while `size` of them are used, a thread reads the next `size`.
+
+    What reading raises is raised where the first of those would come.
+    """
+    coming = later(lambda: list(islice(items, size)))
+    try:
+        while taken := coming.result():
+            coming = later(lambda: list(islice(items, size)))
+            yield from taken
+    finally:
+        wait([coming], PATIENCE)

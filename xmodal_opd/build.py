@@ -1,8 +1,9 @@
 """From a recipe to live parts: the only file that names concrete classes."""
 
 import atexit
+import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from modalities.audio.prepare import prepare
 from modalities.chat import ChatAdapter
 from xmodal_opd import checkpoint, config, dist, lora, models
+from xmodal_opd.background import read_ahead
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
@@ -229,6 +231,12 @@ def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
     training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=config.views(recipe))
     return training, open_tests(recipe)
+
+
+def training_pairs(parts: Parts, shards: Shards, position: int) -> Iterator[tuple[int, Pair]]:
+    """This rank's pairs from a position on, those of the next step read in a thread while this one trains."""
+    adapter = copy.deepcopy(parts.adapter)  # a tokenizer that two threads share mixes up their padding
+    return read_ahead(shards.pairs(adapter, position), parts.recipe.train.prompts // dist.world())
 
 
 def open_tests(recipe: config.Recipe) -> Shards:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from xmodal_opd import checkpoint, config, dist, evaluate, report
-from xmodal_opd.build import Parts, build, launch, open_shards
+from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
 from xmodal_opd.selftest import sharing
@@ -51,7 +51,7 @@ def train_here(recipe: config.Recipe, resume: bool, command: str, began: float) 
     if state["step"] < recipe.train.steps:
         (run / "eval" / "after.jsonl").unlink(missing_ok=True)  # of a shorter run that now goes on
     with checkpoint.room_on_disk(run), recording(run, state["step"], recipe.train.steps) as record:
-        loop(parts, training.pairs(parts.adapter, state["position"]), tests, state, run, record, began)
+        loop(parts, training_pairs(parts, training, state["position"]), tests, state, run, record, began)
         after = evaluated(parts, tests, run / "eval" / "after.jsonl")
     summary = {"method": recipe.name, "seed": recipe.train.seed} | report.summary(before, after, elapsed(state, began))
     if dist.rank() == 0:
