@@ -2,7 +2,9 @@
 
 import atexit
 import copy
+import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from modalities.chat import ChatAdapter
 from xmodal_opd import checkpoint, config, dist, lora, models
 from xmodal_opd.background import read_ahead
 from xmodal_opd.data import Shards
+from xmodal_opd.engine.deepspeed_config import settings
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
@@ -83,20 +86,12 @@ def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
     student = load_student(recipe)
     processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
     adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
-    optim = recipe.optim
-    engine = PlainEngine(
-        student,
-        lr=optim.lr,
-        betas=optim.betas,
-        weight_decay=optim.weight_decay,
-        clip=optim.clip,
-        schedule=lambda step: schedule(step, recipe.train.steps),
-        autocast=recipe.engine.autocast,
-    )
+    others = teachers(recipe, student)  # copies of the student, before an engine takes its parameters apart
+    engine = build_engine(recipe, student, lambda step: schedule(step, recipe.train.steps))
     sampler = build_sampler(recipe, student, processor, adapter, engine, run)
     return Parts(
         recipe=recipe,
-        models={STUDENT: student} | teachers(recipe, student),
+        models={STUDENT: student} | others,
         processor=processor,
         adapter=adapter,
         sampler=sampler,
@@ -129,9 +124,9 @@ def load_student(recipe: config.Recipe) -> PreTrainedModel:
 def build_sampler(
     recipe: config.Recipe, student: PreTrainedModel, processor: Any, adapter: Adapter, engine: Engine, run: Path | None
 ) -> Sampler:
-    settings, ends = recipe.rollout, end_tokens(student, processor)
-    if settings.name == "hf":
-        return HFSampler(student, adapter, ends, settings.max_tokens, settings.batch_tokens)
+    part, ends = recipe.rollout, end_tokens(student, processor)
+    if part.name == "hf":
+        return HFSampler(student, adapter, ends, part.max_tokens, part.batch_tokens, whole=engine.whole)
 
     def export(folder: Path) -> None:
         with engine.whole():
@@ -139,17 +134,49 @@ def build_sampler(
                 checkpoint.export(student, processor, folder)
 
     sampler = VLLMSampler(
-        Servers(settings.servers, settings.timeout, settings.retries, settings.concurrency, settings.wait),
+        Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait),
         adapter,
         eos=ends,
         banned=models.media_tokens(student),
-        max_tokens=settings.max_tokens,
+        max_tokens=part.max_tokens,
         export=export,
-        folder=Path(settings.sync_folder or run or tempfile.gettempdir()) / "weights",
+        run=dist.decided(uuid.uuid4().hex[:12]),
+        folder=Path(part.sync_folder or run or tempfile.gettempdir()) / "weights",
     )
     if dist.rank() == 0:
         atexit.register(sampler.clear)
     return sampler
+
+
+def build_engine(recipe: config.Recipe, student: PreTrainedModel, schedule: Callable[[int], float]) -> Engine:
+    """Raises ImportError without DeepSpeed where the recipe asks for it."""
+    part, optim = recipe.engine, recipe.optim
+    options: dict[str, Any] = optim.model_dump(include={"lr", "betas", "weight_decay", "clip"})
+    options |= {"schedule": schedule, "autocast": part.autocast}
+    if part.activation_checkpointing:
+        models.checkpoint_activations(student)
+    if part.name == "plain":
+        return PlainEngine(student, **options)
+    if student.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.join(student.device.type)
+    try:
+        from xmodal_opd.engine.deepspeed import DeepSpeedEngine
+    except ImportError as error:
+        raise ImportError(
+            f"engine.name=deepspeed needs DeepSpeed: pip install 'xmodal-opd[deepspeed]' ({error})"
+        ) from None
+    return DeepSpeedEngine(student, deepspeed_settings(recipe), **options)
+
+
+def deepspeed_settings(recipe: config.Recipe) -> dict[str, Any]:
+    part = recipe.engine
+    return settings(part.zero, part.offload, part.config, dtype=recipe.model.dtype, clip=recipe.optim.clip)
+
+
+def is_sharded(recipe: config.Recipe) -> bool:
+    """Whether no rank holds the student whole (ZeRO-3)."""
+    return recipe.engine.name == "deepspeed" and deepspeed_settings(recipe)["zero_optimization"]["stage"] == 3
 
 
 def sampling(part: config.Sampling) -> Sampling:
@@ -171,8 +198,8 @@ def build_term(name: str, term: config.Term) -> Term:
 
 def device(name: str) -> str:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{dist.local_rank()}" if name == "cuda" and dist.started() > 1 else name
 
 
 def prompt_limit(recipe: config.Recipe, model: PreTrainedModel) -> int:
@@ -197,8 +224,14 @@ def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTr
 def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:
     """ "initial" and "ema" start as the student is now, and share what does not train; any other name is a folder or
     hub name to load. A LoRA student's adapter begins as nothing, so "initial" is its base."""
+    sharded = is_sharded(recipe)
     if name == "initial":
-        return lora.without_adapter(models.frozen_copy(student))
+        return lora.without_adapter(models.frozen_copy(student, share=not sharded))
+    if name == "ema" and sharded:
+        raise ValueError(
+            "the teacher 'ema' needs the student's weights on every rank after a step, which engine.zero=3 has not; "
+            "use engine.zero of 2 or less, or the teacher 'initial'"
+        )
     if name == "ema":
         return models.frozen_copy(student)
     model = load(recipe, name).requires_grad_(False)

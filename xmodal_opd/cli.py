@@ -66,12 +66,13 @@ def recipe_of(arguments: argparse.Namespace):
 def train(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     quiet()
-    from xmodal_opd import report, train
+    from xmodal_opd import dist, report, train
     from xmodal_opd.provenance import command_line
 
     summary = train.train(recipe, resume=arguments.resume, command=command_line())
-    report.print_summary(summary)
-    print(f"run folder: {summary['run_dir']}")
+    if dist.rank() == 0:
+        report.print_summary(summary)
+        print(f"run folder: {summary['run_dir']}")
     return 0
 
 

@@ -29,7 +29,7 @@ PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  
 
 # when a run goes on; not eval.samples: what was measured before is compared with what is measured after
 MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")
-MAY_CHANGE += ("engine.device", "engine.micro_tokens", "run_dir")
+MAY_CHANGE += ("engine.device", "engine.micro_tokens", "engine.zero", "engine.offload", "engine.config", "run_dir")
 MAY_CHANGE += tuple(f"rollout.{key}" for key in ("servers", "sync_folder", "timeout", "retries", "concurrency", "wait"))
 
 
@@ -138,7 +138,11 @@ class Optim(Part):
 
 
 class Engine(Part):
-    name: Literal["plain"] = "plain"
+    name: Literal["plain", "deepspeed"] = "plain"  # plain: one process; deepspeed: any number of ranks
+    zero: Literal[0, 1, 2, 3] | None = None  # of deepspeed; default: what `config` says, or 2
+    offload: list[Literal["optimizer", "parameters"]] = []  # what deepspeed keeps in main memory
+    config: str | None = None  # a DeepSpeed JSON file of your own
+    activation_checkpointing: bool = False  # layers run twice, and remember little; prompts are then repeated
     device: str = "auto"  # "cpu", "cuda", or whichever there is
     autocast: bool = False  # bfloat16 products on float32 weights
     micro_tokens: int = Field(

@@ -17,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 ASSETS = Path(__file__).parent / "assets"
 CLASSES = {  # checkpoints of a larger model of which only the part that writes text is trained
@@ -175,10 +176,33 @@ def set_trainable(model: nn.Module, train: Sequence[str]) -> list[str]:
     return names
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is now, without gradient. Parameters that do not train are shared, not copied."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+def frozen_copy(model: PreTrainedModel, share: bool = True) -> PreTrainedModel:
+    """The model as it is now, without gradient. With `share`, parameters that do not train are not copied."""
+    shared = {id(p): p for p in model.parameters() if share and not p.requires_grad}
     return copy.deepcopy(model, memo=shared).eval().requires_grad_(False)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let layers forget their activations and run again in the backward pass, where `remembering_little` holds."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for name in [n for n, value in vars(layer).items() if "dropout" in n and isinstance(value, float)]:
+                setattr(layer, name, 0.0)  # a layer checkpoints in training mode only, which is not for its dropout
+
+
+@contextmanager
+def remembering_little(model: PreTrainedModel, grad: bool) -> Iterator[None]:
+    """The layers of a model prepared by `checkpoint_activations`, in a forward with gradient."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers if grad else []:
+        layer.training = True  # of the layer alone, not of what is in it
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 @torch.no_grad()
@@ -264,7 +288,7 @@ def hidden_repeated(model: PreTrainedModel, prompts: Mapping[str, Tensor], token
     before = positions_for(model, prompts)
     after = next_position(before) + torch.arange(tokens.shape[1], device=tokens.device)
     inputs["position_ids"] = torch.cat([before, after.expand(*before.shape[:-1], -1)], dim=-1)
-    with torch.set_grad_enabled(grad), without_head(model):
+    with torch.set_grad_enabled(grad), without_head(model), remembering_little(model, grad):
         out = model(**inputs, **cache_of_shared_layers(model)).logits
     return out[:, width - 1 : -1]
 

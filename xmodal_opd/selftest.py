@@ -65,6 +65,8 @@ def check_sharing(model: PreTrainedModel, responses: Responses, rollouts: Sequen
 
     Raises CannotShare when they do not, or when the model's cache fails.
     """
+    if model.is_gradient_checkpointing:
+        raise CannotShare("activation checkpointing runs a layer again without the cache that holds a shared prompt")
     mask = token_batch(rollouts).mask.to(model.device)
     plain, slope = probe(model, Responses(responses.adapter, share=False), rollouts, mask)
     try:

@@ -4,7 +4,8 @@ The prompt (with its media encoder) runs once per question; its cache is expande
 whatever their temperature, and they decode together. Finished answers leave the batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,6 +78,7 @@ class HFSampler:
     eos: Sequence[int]
     max_tokens: int
     batch_tokens: int = 16384  # prompt and answer tokens decoded together, padding included
+    whole: Callable[[], AbstractContextManager] = nullcontext  # within, the model needs no other rank
     exact: ClassVar[bool] = True  # its log-probs are the training model's own
 
     def generate(self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int) -> dict[str, list[Rollout]]:
@@ -84,6 +86,12 @@ class HFSampler:
 
         A pure function of the weights, the pairs and `seed`.
         """
+        with self.whole():
+            return self.of_all_views(pairs, samplings, seed)
+
+    def of_all_views(
+        self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int
+    ) -> dict[str, list[Rollout]]:
         out: dict[str, list[Rollout]] = {name: [] for name in samplings}
         for view in sorted({s.view for s in samplings.values()}):
             here = {name: s for name, s in samplings.items() if s.view == view}
