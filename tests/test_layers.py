@@ -13,7 +13,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"dist"},
     {"objective", "background", "data", "tokens", "config", "metrics", "report", "statistics", "provenance"}
     | {"models", "engine"},
-    {"lora"},
+    {"lora", "encoders"},
     {"checkpoint", "rollout", "scoring"},
     {"evaluate", "selftest"},
     {"build"},

@@ -150,6 +150,12 @@ def role_of(name: str) -> str:
     return "encoder" if ENCODERS & {*words} else "language_model"
 
 
+def encoders(model: nn.Module) -> list[nn.Module]:
+    """The media encoders: the modules of that role that lie in no other."""
+    named = ((*name.rpartition(".")[::2], module) for name, module in model.named_modules())
+    return [module for above, name, module in named if name in ENCODERS and role_of(above) == "language_model"]
+
+
 def matching(names: Sequence[str], parts: Sequence[str], key: str) -> list[str]:
     """Those of `names` that one of `parts` means: a role, a piece of the name, or "all".
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from xmodal_opd import dist, models
 from xmodal_opd.background import later, now
 from xmodal_opd.build import STUDENT, Parts
+from xmodal_opd.encoders import encoded_once
 from xmodal_opd.evaluate import is_right
 from xmodal_opd.metrics import over_ranks, reward_metrics
 from xmodal_opd.objective import Term
@@ -54,8 +55,9 @@ def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch) ->
 
 def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
     """Sample, judge, backward and update on `pairs`; returns the step's metrics, those of all ranks together."""
-    step, metrics = sample(parts, pairs, number)
-    metrics |= backward(parts, step, number)
+    with encoded_once(parts.models.values()):
+        step, metrics = sample(parts, pairs, number)
+        metrics |= backward(parts, step, number)
     metrics = over_ranks(dist.gather(metrics))
     metrics |= parts.engine.step(number)
     if "ema" in parts.models:

@@ -1,0 +1,102 @@
+"""Media encoders that run once: within a step, the same encoder on the same media gives what it gave before.
+
+So a teacher whose view has the student's audio or images does not encode them again, nor does a frozen encoder that
+sampled and now scores or trains. The forward that trains an encoder always runs, and only values are remembered.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmodal_opd.models import encoders
+
+KEPT = 2**29  # bytes of media and encodings remembered at a time; the oldest go first
+
+
+@dataclass
+class Memory:
+    """What encoders were given and gave: (weights and precision, inputs, outputs, bytes)."""
+
+    seen: list[tuple[Any, Any, Any, int]] = field(default_factory=list)
+
+    def encode(self, encoder: nn.Module, forward: Callable, *args: Any, **options: Any) -> Any:
+        """The encoder's outputs, remembered or run; with gradient where it trains."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+        state, inputs = state_of(encoder), values((args, options))
+        known = next((out for s, given, out, _ in self.seen if s == state and same(given, inputs)), None)
+        if known is not None and not trains:
+            return values(known)
+        out = forward(*args, **options)
+        if known is None:
+            self.remember(state, inputs, values(out))
+        return out
+
+    def remember(self, state: Any, inputs: Any, out: Any) -> None:
+        self.seen.append((state, inputs, out, size((inputs, out))))
+        while sum(entry[-1] for entry in self.seen) > KEPT:
+            self.seen.pop(0)
+
+
+@contextmanager
+def encoded_once(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, the encoders of `models` share what they encode. Values and gradients are the same to the bit.
+
+    Not where ranks hold the weights in parts (ZeRO-3): there a forward is a call that all of them must make.
+    """
+    memory = Memory()
+    mine = [e for model in models for e in encoders(model) if not any(hasattr(p, "ds_id") for p in e.parameters())]
+    before = [(encoder, vars(encoder).get("forward")) for encoder in mine]
+    for encoder in mine:
+        encoder.forward = partial(memory.encode, encoder, encoder.forward)
+    try:
+        yield
+    finally:
+        for encoder, forward in before:
+            del encoder.forward
+            if forward is not None:
+                encoder.forward = forward
+
+
+def state_of(encoder: nn.Module) -> tuple[Any, ...]:
+    """The very weights, as they are now, and the precision they run in. Copies that share weights have the same."""
+    device = next(encoder.parameters()).device.type
+    weights = tuple((id(p), p._version) for p in encoder.parameters())
+    return weights, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def values(tree: Any) -> Any:
+    """Arguments or outputs in containers of their own, cut off from the graph."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if isinstance(tree, Mapping):
+        return type(tree)(**{key: values(value) for key, value in tree.items()})  # a transformers output, or options
+    return type(tree)(map(values, tree)) if isinstance(tree, list | tuple) else tree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What the containers hold, with the keys of mappings and the lengths of lists."""
+    if isinstance(tree, Mapping):
+        return [part for key, value in tree.items() for part in (key, *leaves(value))]
+    return [len(tree), *(x for part in tree for x in leaves(part))] if isinstance(tree, list | tuple) else [tree]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether all tensors, and all else, are equal."""
+    pairs = list(zip(leaves(one), leaves(other), strict=False))
+    return len(leaves(one)) == len(leaves(other)) and all(alike(a, b) for a, b in pairs)
+
+
+def alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def size(tree: Any) -> int:
+    """Bytes of the tensors inside."""
+    return sum(part.nbytes for part in leaves(tree) if isinstance(part, Tensor))
