@@ -12,6 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from xmodal_opd import dist
+from xmodal_opd.encoders import encoded_once
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.scoring.forward import Responses, divergence
 from xmodal_opd.tokens import token_batch
@@ -45,8 +46,9 @@ def evaluate(
 def evaluate_some(
     pairs: Sequence[Pair], model: PreTrainedModel, sampler: Sampler, responses: Responses, right: Right, kl: bool
 ) -> Iterator[dict[str, Any]]:
-    answers = sampler.generate(pairs, VIEWS, seed=0)
-    gaps = view_kl(model, responses, answers["student"]) if kl else [None] * len(pairs)
+    with encoded_once([model]):
+        answers = sampler.generate(pairs, VIEWS, seed=0)
+        gaps = view_kl(model, responses, answers["student"]) if kl else [None] * len(pairs)
     for pair, student, text, gap in zip(pairs, answers["student"], answers["text"], gaps, strict=True):
         yield {
             "key": pair.key,
