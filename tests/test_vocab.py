@@ -53,6 +53,40 @@ def test_divergence_is_the_dense_one(name, head, dtype):
         assert_same(got, expected, dtype)
 
 
+TOP = ["topk_forward_kl", "topk_reverse_kl", "topk_jsd"]
+
+
+def top_and_whole(fn, sharp):
+    """fn of the student against a teacher of whom the 8 likeliest tokens are known, and against the whole teacher."""
+    hs, ws, ht, wt = inputs(wide_teacher=True)
+    leaves = [hs.requires_grad_(), ws.requires_grad_()]
+    known = (sharp * ht @ wt.T).log_softmax(-1).topk(8)
+    ids = torch.cat([known.indices, known.indices[:, :1]], 1)
+    logq = torch.cat([known.values, torch.full((N, 1), -torch.inf)], 1)  # a column that does not count
+    got = vocab.topk_divergence(fn, hs, ws, ids, logq, chunk=4)
+    return got, vocab.divergence(fn, hs, ws, sharp * ht, wt, chunk=4), leaves
+
+
+@pytest.mark.parametrize(
+    "name, rest", [(n, r) for n in TOP for r in ("bucket", "renormalise", "drop") if (n, r) != ("topk_jsd", "drop")]
+)
+def test_the_likeliest_tokens_of_a_teacher_are_all_that_a_topk_divergence_needs(name, rest):
+    got, wanted, leaves = top_and_whole(
+        pick("divergence", DIVERGENCES, {name: {"k": 5, "by": "teacher", "rest": rest}}), 1
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    weight = torch.linspace(0, 2, N)
+    slopes = [torch.autograd.grad((weight * x).sum(), leaves) for x in (got, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TOP)
+def test_a_rest_lost_in_rounding_is_never_taken_for_less_than_it_may_be(name):
+    """A teacher so sure that its other tokens are lost when float32 adds up: the value is a bound from below."""
+    got, wanted, _ = top_and_whole(pick("divergence", DIVERGENCES, {name: {"k": 5, "by": "teacher"}}), 12)
+    assert (got <= wanted * 1.0001 + 1e-5).all() and (got >= 0.9 * wanted - 1e-5).all()
+
+
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 13])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100])

@@ -6,6 +6,7 @@ depend on the values and nothing is recomputed; a trainable head costs one more 
 the input (float64 for float64). N: response tokens, flattened. Give response rows only, never the prompt's.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from xmodal_opd.objective.divergences import reverse_kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 PerToken = Float[Tensor, " N"]
+ROUNDING = 1e-7  # a rest below it is what float32 log-probabilities do not add up to
 Caps = tuple[float | None, float | None]  # of the logits of student and teacher
 # (student hidden [n, H], head, which rows these are, gradient wanted) -> value [n], its gradient in the logits [n, V]
 Measure = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
@@ -56,6 +58,42 @@ def divergence(
         return value, through_cap(gradient, hidden, head, caps[0])
 
     return per_token(measure, hidden_s, head_s, chunk)
+
+
+def topk_divergence(
+    fn: Divergence,
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    ids: Int[Tensor, "N K"],
+    logq: Float[Tensor, "N K"],
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+) -> PerToken:
+    """fn(log p, log q) where of the teacher only its K likeliest tokens are known, with gradient to the student's side.
+
+    What they leave of the teacher's mass is spread evenly over the other tokens, which is exact for any `fn` that looks
+    at no more than those K and the sum of the rest: the topk_* pieces with by="teacher" and k ≤ K. A column that does
+    not count repeats an id of its row with logq = −inf.
+    """
+    refuse_unpaired("student hidden states and teacher's tokens", hidden, ids)
+    head = head[:vocab]
+
+    def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
+        p = logps(hidden, head)
+        return any_slope(fn, p, spread_rest(ids[rows], logq[rows].to(p.dtype), p.shape[-1]), slope)
+
+    return per_token(measure, hidden, head, chunk)
+
+
+def spread_rest(ids: Int[Tensor, "n K"], logq: Float[Tensor, "n K"], size: int) -> Float[Tensor, "n V"]:
+    """Whole rows of log-probabilities from the K likeliest of each; no other token becomes as likely as the last."""
+    rest = (1 - logq.double().exp().sum(-1, keepdim=True)).clamp(min=ROUNDING).log()
+    known = logq > -math.inf
+    even = (rest - (size - known.sum(-1, keepdim=True)).clamp(min=1).log()).to(logq.dtype)
+    last = logq.masked_fill(~known, math.inf).amin(-1, keepdim=True)
+    even = torch.minimum(even, last.nextafter(torch.full_like(last, -math.inf)))
+    return even.repeat(1, size).scatter_reduce(-1, ids, logq, "amax", include_self=False)
 
 
 def token_logp(
