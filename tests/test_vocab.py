@@ -56,24 +56,24 @@ def test_divergence_is_the_dense_one(name, head, dtype):
 TOP = ["topk_forward_kl", "topk_reverse_kl", "topk_jsd"]
 
 
-def top_and_whole(fn, sharp):
+def top_and_whole(fn, sharp, cap=None):
     """fn of the student against a teacher of whom the 8 likeliest tokens are known, and against the whole teacher."""
     hs, ws, ht, wt = inputs(wide_teacher=True)
     leaves = [hs.requires_grad_(), ws.requires_grad_()]
     known = (sharp * ht @ wt.T).log_softmax(-1).topk(8)
     ids = torch.cat([known.indices, known.indices[:, :1]], 1)
     logq = torch.cat([known.values, torch.full((N, 1), -torch.inf)], 1)  # a column that does not count
-    got = vocab.topk_divergence(fn, hs, ws, ids, logq, chunk=4)
-    return got, vocab.divergence(fn, hs, ws, sharp * ht, wt, chunk=4), leaves
+    got = vocab.topk_divergence(fn, hs, ws, ids, logq, chunk=4, cap=cap)
+    return got, vocab.divergence(fn, hs, ws, sharp * ht, wt, chunk=4, caps=(cap, None)), leaves
 
 
 @pytest.mark.parametrize(
     "name, rest", [(n, r) for n in TOP for r in ("bucket", "renormalise", "drop") if (n, r) != ("topk_jsd", "drop")]
 )
-def test_the_likeliest_tokens_of_a_teacher_are_all_that_a_topk_divergence_needs(name, rest):
-    got, wanted, leaves = top_and_whole(
-        pick("divergence", DIVERGENCES, {name: {"k": 5, "by": "teacher", "rest": rest}}), 1
-    )
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_likeliest_tokens_of_a_teacher_are_all_that_a_topk_divergence_needs(name, rest, cap):
+    fn = pick("divergence", DIVERGENCES, {name: {"k": 5, "by": "teacher", "rest": rest}})
+    got, wanted, leaves = top_and_whole(fn, 1, cap)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     weight = torch.linspace(0, 2, N)
     slopes = [torch.autograd.grad((weight * x).sum(), leaves) for x in (got, wanted)]

@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import inspect
 import os
 import tempfile
 import uuid
@@ -28,6 +29,7 @@ from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.answers import same_answers
 from xmodal_opd.scoring.forward import Responses
 from xmodal_opd.scoring.judge import build_judge
+from xmodal_opd.scoring.served import ServedTeacher
 from xmodal_opd.serving import Servers
 from xmodal_opd.types import Adapter, Engine, Pair, Sampler, Sampling
 
@@ -41,6 +43,7 @@ class Parts:
 
     recipe: config.Recipe
     models: dict[str, PreTrainedModel]  # "current" is the student; teachers by the name the recipe gives them
+    served: dict[str, ServedTeacher]  # the teachers that are behind servers
     processor: Any
     adapter: Adapter
     sampler: Sampler
@@ -92,6 +95,7 @@ def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
     return Parts(
         recipe=recipe,
         models={STUDENT: student} | others,
+        served={name: served_teacher(recipe, name, terms, adapter, processor) for name in recipe.teachers},
         processor=processor,
         adapter=adapter,
         sampler=sampler,
@@ -218,7 +222,34 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> list[int]:
 def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """The models the recipe's terms and scorers name, besides the student itself, without gradient."""
     sources = [t.teacher for t in recipe.objective.values() if t.divergence] + list(recipe.scoring.values())
-    return {name: teacher(recipe, name, student) for name in sorted({s.model for s in sources} - {STUDENT})}
+    here = {s.model for s in sources} - {STUDENT, *recipe.teachers}
+    return {name: teacher(recipe, name, student) for name in sorted(here)}
+
+
+def served_teacher(
+    recipe: config.Recipe, name: str, terms: dict[str, Term], adapter: Adapter, processor: Any
+) -> ServedTeacher:
+    """Asked for as many of its likeliest tokens as the terms that name it look at."""
+    part, top = recipe.teachers[name], 0
+    for which, term in recipe.objective.items():
+        if term.divergence and term.teacher.model == name and not terms[which].sampled:
+            top = max(top, likeliest(f"objective.{which}", terms[which].divergence))
+    servers = Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait)
+    own, tokenizer = copy.deepcopy((adapter, getattr(processor, "tokenizer", processor)))  # it works in a thread
+    return ServedTeacher(name, servers, own, tokenizer, part.model, top)
+
+
+def likeliest(where: str, divergence: Callable[..., Any] | None) -> int:
+    """How many of a teacher's likeliest tokens a divergence looks at. Raises ValueError when it wants all tokens, or
+    others than those."""
+    options = {o: p.default for o, p in inspect.signature(divergence).parameters.items()} if divergence else {}
+    if options.get("by") != "teacher":
+        raise ValueError(
+            f"{where}.divergence looks beyond the teacher's likeliest tokens, which are all that a served teacher "
+            "tells; use topk_forward_kl, topk_reverse_kl or topk_jsd with {by: teacher}, k2 or k3, or a policy term "
+            "with the advantage teacher_logratio"
+        )
+    return options["k"]
 
 
 def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:

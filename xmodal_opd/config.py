@@ -31,6 +31,7 @@ PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  
 MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")
 MAY_CHANGE += ("engine.device", "engine.micro_tokens", "engine.zero", "engine.offload", "engine.config", "run_dir")
 MAY_CHANGE += tuple(f"rollout.{key}" for key in ("servers", "sync_folder", "timeout", "retries", "concurrency", "wait"))
+MAY_CHANGE += ("teachers.",)  # where they are
 
 
 class Part(BaseModel):
@@ -93,6 +94,17 @@ class Rollout(Part):
     concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time
     wait: float = Field(default=600.0, gt=0)  # vllm: seconds to wait while no server answers
     samplings: dict[str, Sampling]
+
+
+class Served(Part):
+    """A teacher behind vLLM servers, which terms and scorers then call by its name here."""
+
+    servers: list[str] = Field(min_length=1)  # addresses such as http://127.0.0.1:8000, all of them the same model
+    model: str | None = None  # as the servers call it; default: the one they serve
+    timeout: float = Field(default=300.0, gt=0)  # seconds of one attempt
+    retries: int = Field(default=3, ge=0)  # more attempts, on whichever server is free
+    concurrency: int = Field(default=64, ge=1)  # answers one server reads at a time
+    wait: float = Field(default=600.0, gt=0)  # seconds to wait while no server answers
 
 
 class Source(Part):
@@ -178,6 +190,7 @@ class Recipe(Part):
     model: Model = Model()
     data: Data
     rollout: Rollout
+    teachers: dict[str, Served] = {}
     scoring: dict[str, Scorer] = {}
     judge: Judge | None = None
     objective: dict[str, Term]
@@ -261,7 +274,7 @@ def parse(override: str) -> dict[str, Any]:
 def prune(tree: dict[str, Any]) -> dict[str, Any]:
     """`objective.judge: null` takes an included term (sampling, scorer) out again."""
     tree = dict(tree)
-    for key in ("objective", "scoring"):
+    for key in ("objective", "scoring", "teachers"):
         if isinstance(tree.get(key), dict):
             tree[key] = {name: value for name, value in tree[key].items() if value is not None}
     rollout = tree.get("rollout")
@@ -324,11 +337,31 @@ def check_references(path: str, recipe: Recipe) -> None:
         )
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
+    check_teachers(path, recipe)
     judged = [n for n, t in recipe.objective.items() if any(piece_name(a) == "reward" for a in t.advantages)]
     if recipe.judge and recipe.judge.reference and recipe.judge.reference.n != 1:
         raise ValueError(f"{path}: judge.reference.n is {recipe.judge.reference.n}; the judge compares with one answer")
     if judged and recipe.judge is None:
         raise ValueError(f"{path}: objective.{judged[0]} uses the advantage 'reward', but the recipe has no judge")
+
+
+def check_teachers(path: str, recipe: Recipe) -> None:
+    """Served teachers have names of their own, and where there are some a bare name must be one of them or a folder."""
+    own = ("current", "initial", "ema")
+    if taken := [name for name in recipe.teachers if name in own or "/" in name]:
+        raise ValueError(f"{path}: teachers.{taken[0]} is the name of a model already; give the served teacher another")
+    asked = {f"objective.{n}.teacher.model": t.teacher.model for n, t in recipe.objective.items() if t.divergence}
+    asked |= {f"scoring.{name}.model": scorer.model for name, scorer in recipe.scoring.items()}
+    for where, name in asked.items():
+        if recipe.teachers and name not in (*own, *recipe.teachers) and "/" not in name and not Path(name).is_dir():
+            have = ", ".join(recipe.teachers)
+            raise ValueError(f"{path}: {where} names {name!r}{hint(name, recipe.teachers)}; teachers has: {have}")
+    for name, scorer in recipe.scoring.items():
+        if scorer.divergence and scorer.model in recipe.teachers:
+            raise ValueError(
+                f"{path}: scoring.{name}.divergence needs the whole vocabulary of {scorer.model!r}, and a served "
+                "teacher tells its likeliest tokens only; set it to false, or name a folder or hub name as the teacher"
+            )
 
 
 def views(recipe: Recipe) -> set[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,13 +18,22 @@ from xmodal_opd.metrics import over_ranks, reward_metrics
 from xmodal_opd.objective import Term
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
-from xmodal_opd.scoring.forward import divergence, divergence_of_both, statistics, token_logp
+from xmodal_opd.scoring.forward import (
+    Side,
+    divergence,
+    divergence_from,
+    divergence_of_both,
+    spread,
+    statistics,
+    token_logp,
+)
 from xmodal_opd.scoring.judge import judge
 from xmodal_opd.scoring.mismatch import corrected, mismatch, trainer_logp
+from xmodal_opd.scoring.served import Answers, Source, ask_teachers
 from xmodal_opd.tokens import cut, token_batch
-from xmodal_opd.types import Judged, Pair, Rollout, Scores, TokenBatch
+from xmodal_opd.types import Judged, Pair, Rollout, Scores, TeacherSignal, TokenBatch
 
-Source = tuple[str, str]  # (model, view)
+Told = Mapping[Source, Answers]  # what served teachers say of this rank's rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Step:
     everyone: TokenBatch
     samplings: list[str]  # of the rows of `everyone`
     mine: slice  # the rows of `everyone` that are `batch`
+    told: Told
 
     def rows(self, sampling: str) -> Tensor:
         """Where the answers of one sampling stand among those of all ranks."""
@@ -47,10 +57,11 @@ class Step:
         return int(self.everyone.mask[self.rows(sampling)].sum())
 
 
-def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch) -> Step:
+def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told) -> Step:
     """The step of all ranks, from this rank's part of it."""
     everyone, mine = dist.gather_step(batch)
-    return Step(rollouts, sampling, batch, everyone, [name for some in dist.gather(sampling) for name in some], mine)
+    samplings = [name for some in dist.gather(sampling) for name in some]
+    return Step(rollouts, sampling, batch, everyone, samplings, mine, told)
 
 
 def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
@@ -97,13 +108,17 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
     judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
+    asking = later(ask_teachers, parts.served, wanted(parts, sampling), rollouts)
     batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
-    scores = Scores(batch.scores | local, reward=rewards)
-    step = gathered(rollouts, sampling, dist.to(replace(batch, scores=scores), parts.student.device))
+    told = asking.result()
+    scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards)
+    batch = dist.to(replace(batch, scores=scores), parts.student.device)
+    step = gathered(*heard(rollouts, sampling, batch, told))
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
-    return step, describe(parts, answers, rewards, failures) | apart
+    lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
+    return step, describe(parts, answers, rewards, failures) | apart | lost
 
 
 def with_trainer_logp(
@@ -144,13 +159,14 @@ def own_answer(reference: Rollout) -> str | None:
 
 @torch.no_grad()
 def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dict[str, Tensor]:
-    """NAME_logp and NAME_entropy [B, T] of every scorer, and NAME_divergence = KL(student || NAME) where asked."""
+    """NAME_logp and NAME_entropy [B, T] of every local scorer, and NAME_divergence = KL(student || NAME) if asked."""
     out: dict[str, Tensor] = {}
-    if not parts.recipe.scoring:
+    scorers = {name: scorer for name, scorer in parts.recipe.scoring.items() if scorer.model in parts.models}
+    if not scorers:
         return out
     for piece in pieces(parts, rollouts):
         some, here = [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
-        for name, scorer in parts.recipe.scoring.items():
+        for name, scorer in scorers.items():
             model = parts.models[scorer.model]
             hidden = parts.responses.hidden(model, some, scorer.view)
             values: dict[str, Tensor] = {}
@@ -161,6 +177,57 @@ def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dic
             for kind, value in values.items():
                 out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[piece] = value.float().cpu()
     return out
+
+
+def wanted(parts: Parts, sampling: Sequence[str]) -> dict[Source, list[int]]:
+    """The rows that every served teacher is asked about, under each view: all for a scorer, a term's own for a term."""
+    rows: dict[Source, set[int]] = {}
+    for scorer in parts.recipe.scoring.values():
+        rows.setdefault((scorer.model, scorer.view), set()).update(range(len(sampling)))
+    for term in parts.recipe.objective.values():
+        mine = {r for r, name in enumerate(sampling) if name == term.sampling and term.divergence}
+        rows.setdefault((term.teacher.model, term.teacher.view), set()).update(mine)
+    return {source: sorted(some) for source, some in rows.items() if source[0] in parts.served and some}
+
+
+def try_teachers(parts: Parts, rollouts: Sequence[Rollout]) -> None:
+    """Before anything is measured: every served teacher answers on a few answers, under each view. Raises what it
+    would in a step."""
+    sources = {source for name in parts.samplings for source in wanted(parts, [name])}
+    ask_teachers(parts.served, dict.fromkeys(sources, range(len(rollouts))), rollouts)
+
+
+def served_scores(parts: Parts, told: Told, mask: Tensor) -> dict[str, Tensor]:
+    """NAME_logp [B, T] of every scorer that is a served teacher; NaN where it said nothing."""
+    served = {name: scorer for name, scorer in parts.recipe.scoring.items() if scorer.model in parts.served}
+    out = {f"{name}_logp": torch.zeros(mask.shape) for name in served}
+    for name, scorer in served.items():
+        for row, said in told.get((scorer.model, scorer.view), {}).items():
+            silent = isinstance(said, str)
+            out[f"{name}_logp"][row, mask[row]] = torch.tensor(float("nan")) if silent else said.logp
+    return out
+
+
+def heard(
+    rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told
+) -> tuple[list[Rollout], list[str], TokenBatch, Told]:
+    """The same without the answers that a teacher said nothing of: they are left out of every term.
+
+    Raises RuntimeError when none is left.
+    """
+    lost = {row: said for answers in told.values() for row, said in answers.items() if isinstance(said, str)}
+    if not lost:
+        return rollouts, sampling, batch, told
+    keep, reason = [row for row in range(len(rollouts)) if row not in lost], next(iter(lost.values()))
+    if not keep:
+        raise RuntimeError(f"teachers said nothing of any answer of the step ({reason}); the last checkpoint is good")
+    print(f"{len(lost)} of {len(rollouts)} answers are left out: a teacher said nothing of them ({reason})", flush=True)
+    place = {row: i for i, row in enumerate(keep)}
+    told = {
+        source: {place[row]: said for row, said in answers.items() if row in place} for source, answers in told.items()
+    }
+    batch = take(batch, torch.tensor(keep, device=batch.mask.device))
+    return [rollouts[r] for r in keep], [sampling[r] for r in keep], batch, told
 
 
 def describe(
@@ -227,7 +294,7 @@ def micro_loss(
             continue
         index = torch.tensor(rows, device=total.device)
         batch = take(step.batch, index)
-        per_token = values(parts, name, terms[name], hidden, [step.rollouts[r] for r in rows], rows, batch.mask)
+        per_token = values(parts, name, terms[name], hidden, step, rows, batch.mask)
         loss = terms[name].loss(batch, take(judged[name], index), per_token)
         sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(loss.detach())
         if terms[name].divergence:
@@ -261,7 +328,7 @@ def hidden_states(
         student, teacher = sources(parts, name, terms[name])
         moving = {student} if parts.recipe.objective[name].teacher.stop_gradient else {student, teacher}
         trained |= moving if mine or parts.responses.together else set()
-        for source in filter(None, (student, teacher)):
+        for source in (s for s in (student, teacher) if s and s[0] in parts.models):
             places = rows.setdefault(source, {})
             for row in mine:
                 places.setdefault(row, len(places))
@@ -282,11 +349,12 @@ def values(
     name: str,
     term: Term,
     hidden: Mapping[Source, tuple[dict[int, int], Tensor]],
-    rollouts: Sequence[Rollout],
+    step: Step,
     rows: Sequence[int],
     mask: Tensor,
 ) -> Tensor:
     """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
+    rollouts = [step.rollouts[r] for r in rows]
 
     def of(source: Source) -> Tensor:
         places, states = hidden[source]
@@ -295,6 +363,10 @@ def values(
     student, teacher = sources(parts, name, term)
     if term.divergence is None or teacher is None:
         return token_logp(parts.student, of(student), rollouts, mask)
+    if teacher in step.told:
+        said = [signal for row in rows if not isinstance(signal := step.told[teacher][row], str)]  # all: see `heard`
+        own = parts.student, of(student)
+        return from_served(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
     sides = (parts.student, of(student)), (parts.models[teacher[0]], of(teacher))
     stop = parts.recipe.objective[name].teacher.stop_gradient
     if not term.sampled:
@@ -302,3 +374,19 @@ def values(
     with torch.set_grad_enabled(not stop):
         logq = token_logp(*sides[1], rollouts, mask)
     return term.divergence(token_logp(*sides[0], rollouts, mask), logq)
+
+
+def from_served(
+    fn: Callable[..., Tensor],
+    sampled: bool,
+    student: Side,
+    said: Sequence[TeacherSignal],
+    rollouts: Sequence[Rollout],
+    mask: Tensor,
+    size: int | None,
+) -> Tensor:
+    """The divergence where the teacher is behind servers."""
+    if not sampled:
+        return divergence_from(fn, student, said, mask, size)
+    logq = spread(torch.cat([s.logp for s in said]).to(mask.device), mask)
+    return fn(token_logp(*student, rollouts, mask), logq)

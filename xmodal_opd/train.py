@@ -17,7 +17,7 @@ from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
 from xmodal_opd.selftest import sharing
-from xmodal_opd.step import train_step
+from xmodal_opd.step import train_step, try_teachers
 from xmodal_opd.types import Pair, Sampling
 
 PROBE = 4  # questions
@@ -151,6 +151,7 @@ def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
     with parts.engine.whole():
         sampled = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
         responses, why = sharing(parts.student, parts.responses, sampled)
+    try_teachers(parts, sampled)
     if why:
         dist.say(f"prompts are repeated for every answer, which is slower: {why}")
     return replace(parts, responses=responses)

@@ -72,6 +72,15 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
+class TeacherSignal:
+    """What a teacher elsewhere tells of one answer. (Of a local teacher the hidden states and the head are at hand.)"""
+
+    logp: Float[Tensor, " T"]  # log q of the answer's own tokens
+    ids: Int[Tensor, "T K"]  # its likeliest tokens at each place, most likely first
+    logq: Float[Tensor, "T K"]  # their log q; −inf where a column repeats an id because there was no other
+
+
+@dataclass(frozen=True)
 class Judged:
     """What a loss term decided about each token, once per step and before any gradient."""
 

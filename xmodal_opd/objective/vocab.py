@@ -69,6 +69,7 @@ def topk_divergence(
     *,
     chunk: int | None = None,
     vocab: int | None = None,
+    cap: float | None = None,
 ) -> PerToken:
     """fn(log p, log q) where of the teacher only its K likeliest tokens are known, with gradient to the student's side.
 
@@ -80,8 +81,10 @@ def topk_divergence(
     head = head[:vocab]
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
-        p = logps(hidden, head)
-        return any_slope(fn, p, spread_rest(ids[rows], logq[rows].to(p.dtype), p.shape[-1]), slope)
+        p = logps(hidden, head, cap=cap)
+        q = spread_rest(ids[rows], logq[rows].to(p.dtype), p.shape[-1])
+        value, gradient = any_slope(fn, p, q, slope)
+        return value, through_cap(gradient, hidden, head, cap)
 
     return per_token(measure, hidden, head, chunk)
 

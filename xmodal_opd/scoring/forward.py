@@ -12,7 +12,7 @@ from xmodal_opd.models import head, hidden_repeated, hidden_shared, inputs_on, s
 from xmodal_opd.objective import vocab
 from xmodal_opd.objective.vocab import Divergence
 from xmodal_opd.tokens import response_tokens
-from xmodal_opd.types import Adapter, Inputs, Rollout
+from xmodal_opd.types import Adapter, Inputs, Rollout, TeacherSignal
 
 Side = tuple[PreTrainedModel, Tensor]  # a model and its hidden states [B, T, H]
 
@@ -95,6 +95,16 @@ def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size:
     theirs = flat(hidden_t.detach(), mask).to(hidden_s.device)
     caps = softcap(model_s), softcap(model_t)
     per_token = vocab.divergence(fn, flat(hidden_s, mask), head(model_s), theirs, head(model_t), vocab=size, caps=caps)
+    return spread(per_token, mask)
+
+
+def divergence_from(
+    fn: Divergence, student: Side, signals: Sequence[TeacherSignal], mask: Tensor, size: int | None
+) -> Tensor:
+    """The same where the teacher's likeliest tokens are all that is known of it; one signal to an answer."""
+    model, hidden = student
+    ids, logq = (torch.cat([getattr(s, part) for s in signals]).to(hidden.device) for part in ("ids", "logq"))
+    per_token = vocab.topk_divergence(fn, flat(hidden, mask), head(model), ids, logq, vocab=size, cap=softcap(model))
     return spread(per_token, mask)
 
 
