@@ -25,14 +25,20 @@ def extractor_of(processor: Any) -> Any:
 
 
 def templated(processor: Any, messages: Messages, _clips: Sequence[Any]) -> str:
-    """By the chat template: a processor's reads content parts, a tokenizer's reads strings."""
-    if isinstance(processor, ProcessorMixin) and processor.chat_template:
-        parts = [{**m, "content": parts_of(m)} for m in messages]
-        # the base method: Qwen2.5-Omni's own warns about speech output at every system prompt but one
-        return ProcessorMixin.apply_chat_template(processor, parts, add_generation_prompt=True, tokenize=False)
+    """By the processor's chat template, which reads content parts; a tokenizer's reads strings."""
+    if not isinstance(processor, ProcessorMixin):
+        return worded(processor, messages, _clips)
+    parts = [{**m, "content": parts_of(m)} for m in messages]
+    # the base method: Qwen2.5-Omni's own warns about speech output at every system prompt but one
+    return ProcessorMixin.apply_chat_template(processor, parts, add_generation_prompt=True, tokenize=False)
+
+
+def worded(processor: Any, messages: Messages, _clips: Sequence[Any]) -> str:
+    """By a chat template that reads strings, media written as their placeholders."""
     strings = [{**m, "content": "".join(text_of(processor, p) for p in parts_of(m))} for m in messages]
     tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer.apply_chat_template(strings, add_generation_prompt=True, tokenize=False)
+    template = getattr(processor, "chat_template", None)
+    return tokenizer.apply_chat_template(strings, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
 def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -64,19 +70,22 @@ def spoken(processor: Any, part: dict[str, Any], waves: Any) -> dict[str, Any]:
 
 def flat(processor: Any, prompts: Sequence[Any], audio: Media, images: Media) -> Mapping[str, Any]:
     """All clips in one list, all images in another."""
-    seen = [image for some in images for image in some]
-    return call(processor, prompts, audio, {"images": seen} if seen else {})
+    heard, seen = ([medium for some in media for medium in some] for media in (audio, images))
+    media: dict[str, Any] = {"audio": heard, "sampling_rate": extractor_of(processor).sampling_rate} if heard else {}
+    media |= {"images": seen} if seen else {}
+    return processor(text=list(prompts), padding=True, padding_side="left", return_tensors="pt", **media)
 
 
-def nested(processor: Any, prompts: Sequence[Any], audio: Media, images: Media) -> Mapping[str, Any]:
-    """Images in a list for each prompt."""
-    return call(processor, prompts, audio, {"images": [list(some) for some in images]} if any(images) else {})
-
-
-def call(processor: Any, prompts: Sequence[Any], audio: Media, images: Mapping[str, Any]) -> Mapping[str, Any]:
-    heard = [wave for some in audio for wave in some]
-    sound = {"audio": heard, "sampling_rate": extractor_of(processor).sampling_rate} if heard else {}
-    return processor(text=list(prompts), padding=True, padding_side="left", return_tensors="pt", **images, **sound)
+def gemma3n(processor: Any, prompts: Sequence[Any], audio: Media, images: Media) -> Mapping[str, Any]:
+    """Images in a list for each prompt; clips always of one length, as its encoder hears a little of what follows; and
+    in the padding a word, for the reason `xmodal_opd.tokens.response_tokens` gives."""
+    media: dict[str, Any] = {"images": [list(some) for some in images]} if any(images) else {}
+    if heard := [wave for some in audio for wave in some]:
+        media |= {"audio": heard, "audio_kwargs": {"padding": "max_length"}}
+    words = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    out = processor(text=list(prompts), text_kwargs=words, **media)
+    ids, real = out["input_ids"], out["attention_mask"].bool()
+    return {**out, "input_ids": ids.where(real, ids[:, -1:])}
 
 
 def smolvlm(processor: Any, prompts: Sequence[Any], _audio: Media, images: Media) -> Mapping[str, Any]:
@@ -171,10 +180,10 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {  # by processor class; every other one is a plain Family()
     "Qwen3OmniMoeProcessor": Family(longest=any_length),
     "VoxtralProcessor": Family(mistral_ids, voxtral, longest=any_length),
-    "GraniteSpeechProcessor": Family(call=granite, longest=half_a_minute, clips=1),
+    "GraniteSpeechProcessor": Family(worded, granite, longest=half_a_minute, clips=1),
     "SmolVLMProcessor": Family(call=smolvlm, image_tokens=tiles),
     "Gemma3nProcessor": Family(
-        call=nested,
+        call=gemma3n,
         clip_tokens=lambda processor, _samples: processor.audio_seq_length + 8,
         image_tokens=lambda processor, _height, _width: processor.image_seq_length + 8,
         longest=half_a_minute,

@@ -1,11 +1,17 @@
 """Tiny random instances of real model classes, with their real processors and a tokenizer trained in the test."""
 
+import base64
 import json
 from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tools import build_tiny
 
@@ -46,15 +52,17 @@ def tokenizer_with(tokenizer, named: Mapping[str, str]) -> Any:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
-        extra_special_tokens=dict(named),
+        extra_special_tokens={"turn_token": "<|im_start|>", **named},
     )
-    other.add_tokens(["<|im_start|>"], special_tokens=True)
     return other
 
 
-def made(cls: type, config: Any, tokenizer) -> Any:
+def made(cls: type, config: Any, tokenizer, sure: float = 10) -> Any:
+    """A random model that is sure of itself: to one that finds all tokens alike, every two views are the same."""
     torch.manual_seed(0)
     model = cls(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(sure)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -80,8 +88,8 @@ def qwen2(tokenizer):
 def llama(tokenizer):
     tokenizer = tokenizer_with(tokenizer, {})
     tokenizer.chat_template = STRINGS
-    config = HF.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **TEXT)
-    return made(HF.LlamaForCausalLM, config, tokenizer), tokenizer
+    config = HF.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.2, **TEXT)
+    return made(HF.LlamaForCausalLM, config, tokenizer, sure=1), tokenizer
 
 
 # ---- speech
@@ -140,7 +148,7 @@ def granite_speech(tokenizer):
     encoder = {"num_layers": 2, "hidden_dim": 32, "num_heads": 2, "dim_head": 16, "context_size": 50, "max_pos_emb": 64}
     joined = {"model_type": "blip_2_qformer", "hidden_size": 32, "encoder_hidden_size": 32, "intermediate_size": 64}
     joined |= {"num_hidden_layers": 1, "num_attention_heads": 2, "cross_attention_frequency": 1}
-    scaled = {"logits_scaling": 3.0, "embedding_multiplier": 5.0, "residual_multiplier": 0.5}
+    scaled = {"logits_scaling": 0.25, "embedding_multiplier": 5.0, "residual_multiplier": 0.5}
     config = HF.GraniteSpeechConfig(
         text_config={"model_type": "granite", "vocab_size": len(tokenizer), **TEXT, **scaled},
         encoder_config=encoder,
@@ -150,6 +158,49 @@ def granite_speech(tokenizer):
     )
     processor = HF.GraniteSpeechProcessor(HF.GraniteSpeechFeatureExtractor(), tokenizer)
     return made(HF.GraniteSpeechForConditionalGeneration, config, tokenizer), processor
+
+
+def voxtral(tokenizer):
+    words = HF.MistralCommonBackend(tekken(tokenizer))
+    audio = {"num_mel_bins": 80, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
+    audio |= {"intermediate_size": 128, "max_source_positions": 1500}  # four states become one token
+    config = HF.VoxtralConfig(
+        audio_config=audio,
+        text_config={"model_type": "llama", "vocab_size": words.vocab_size, "head_dim": 12, **TEXT},
+        audio_token_id=words.convert_tokens_to_ids("[AUDIO]"),
+    )
+    processor = HF.VoxtralProcessor(whisper(seconds=30), words)
+    return made(HF.VoxtralForConditionalGeneration, config, words), processor
+
+
+def tekken(tokenizer) -> Path:
+    """The same words as a file for mistral-common, with the tokens of Voxtral at their own places."""
+    bytes_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    learned = sorted(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"].items(), key=itemgetter(1))
+    words = [bytes([i]) for i in range(256)]
+    words += [bytes(map(bytes_of.get, word)) for word, _ in learned if len(word) > 1 and {*word} <= {*bytes_of}]
+    tokens = {token["rank"]: str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    tokens |= {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+    spoken = {"sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0}
+    mels = {"num_mel_bins": 80, "hop_length": 160, "window_size": 400}
+    sizes = {"num_vocab_tokens": len(words), "default_vocab_size": len(words) + 40, "default_num_special_tokens": 40}
+    content = {
+        "config": {"pattern": r"\s?\w+|\W", "version": "v7", **sizes},
+        "vocab": [
+            {"rank": i, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for i, word in enumerate(words)
+        ],
+        "special_tokens": [
+            {"rank": i, "token_str": tokens.get(i, f"<SPECIAL_{i}>"), "is_control": True} for i in range(40)
+        ],
+        "audio": {**spoken, "audio_encoding_config": mels},
+    }
+    file = Path(KEPT.name) / "tekken.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+KEPT = TemporaryDirectory()  # mistral-common copies its file when the processor is saved
 
 
 # ---- sight
@@ -220,7 +271,7 @@ def smolvlm(tokenizer):
     )
     edges = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     processor = HF.SmolVLMProcessor(
-        image_processor=HF.SmolVLMImageProcessor(**edges, do_image_splitting=True),
+        image_processor=HF.SmolVLMImageProcessorPil(**edges, do_image_splitting=True),
         video_processor=HF.SmolVLMVideoProcessor(
             **edges, num_frames=2, fps=1, video_sampling={"video_size": {"longest_edge": 32}, "max_frames": 2, "fps": 1}
         ),
@@ -229,6 +280,60 @@ def smolvlm(tokenizer):
         chat_template=template(image="<image>", turn="<|im_start|>{}: ", end="<end_of_utterance>\n"),
     )
     return made(HF.SmolVLMForConditionalGeneration, config, tokenizer), processor
+
+
+# ---- both
+
+
+def gemma3n(tokenizer):
+    """Four layers of which two read the keys and values of the others, windows of 16 tokens, capped logits."""
+    words = {"boi_token": "<start_of_image>", "boa_token": "<start_of_audio>"}
+    seen = {"eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    heard = {"eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
+    spare = {kind: {f"{kind}_{i}": f"<{kind}_{i}>" for i in range(2)} for kind in ("vision", "audio")}
+    tokenizer = tokenizer_with(tokenizer, words | seen | spare["vision"] | heard | spare["audio"])
+    first = ids(tokenizer, vision="<end_of_image>", audio="<end_of_audio>")
+    config = HF.Gemma3nConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 16,
+            "head_dim": 12,
+            "vocab_size": len(tokenizer),
+            "vocab_size_per_layer_input": first["vision"],
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "final_logit_softcapping": 2.0,  # low enough to matter to a random model
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "architecture": "test_convnext",
+            "hidden_size": 64,
+            "vocab_size": 4,
+            "vocab_offset": first["vision"],
+        },
+        audio_config={
+            "vocab_size": 4,
+            "vocab_offset": first["audio"],
+            "hidden_size": 32,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        vision_soft_tokens_per_image=4,
+        **ids(tokenizer, **{f"{name}_id": token for name, token in (words | seen | heard).items()}),
+    )
+    processor = HF.Gemma3nProcessor(
+        feature_extractor=HF.Gemma3nAudioFeatureExtractor(),
+        image_processor=HF.SiglipImageProcessor(size={"height": 64, "width": 64}),
+        tokenizer=tokenizer,
+        chat_template=template("<audio_soft_token>", "<image_soft_token>"),
+        image_seq_length=4,
+    )
+    return made(HF.Gemma3nForConditionalGeneration, config, tokenizer), processor
 
 
 class Family(NamedTuple):
@@ -241,9 +346,11 @@ FAMILIES = {
     "qwen2_audio": Family(qwen2_audio, "audio_tower"),
     "qwen3_omni": Family(qwen3_omni, "audio_tower"),
     "granite_speech": Family(granite_speech, "encoder"),
+    "voxtral": Family(voxtral, "audio_tower"),
     "qwen2_5_vl": Family(qwen2_5_vl, "model.visual"),
     "qwen3_vl": Family(qwen3_vl, "model.visual"),
     "smolvlm": Family(smolvlm, "model.vision_model"),
+    "gemma3n": Family(gemma3n, "model.audio_tower"),
     "qwen2": Family(qwen2),
     "llama": Family(llama),
 }

@@ -338,7 +338,7 @@ def without_head(model: PreTrainedModel) -> Iterator[None]:
     owner = model.get_submodule(parent)
     setattr(owner, name, nn.Identity())
     if cap is not None:
-        config.final_logit_softcapping = None
+        vars(config)["final_logit_softcapping"] = None  # an assignment is refused: the type is checked to be a number
     try:
         yield
     finally:

@@ -17,8 +17,10 @@ def pad(
 
 
 def response_tokens(rollouts: Sequence[Rollout]) -> Tensor:
-    """Ids [B, T] int64; padding is id 0, which no mask ever counts."""
-    return pad([r.tokens for r in rollouts], 0.0, torch.long)
+    """Ids [B, T] int64. Behind an answer stands its last token again, which no mask counts: a pad token may have an
+    embedding of zeros, and a model that divides by its length (Gemma 3n) then a gradient that is not a number."""
+    width = max((len(r.tokens) for r in rollouts), default=0)
+    return pad([[*r.tokens, *r.tokens[-1:] * (width - len(r.tokens))] for r in rollouts], 0.0, torch.long)
 
 
 def token_batch(rollouts: Sequence[Rollout], scores: Scores | None = None) -> TokenBatch:

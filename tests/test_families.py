@@ -1,0 +1,160 @@
+"""Each family from its folder through shards, views, a sampled group and a step of CORD, and back into a folder."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import ROOT, make_pairs, noise, picture
+from families import FAMILIES
+
+from modalities.audio import media as sound
+from modalities.chat import ChatAdapter
+from modalities.shards import write_shards
+from modalities.tasks import questions
+from modalities.vision import media as sight
+from xmodal_opd import config, models, step
+from xmodal_opd.build import build, open_shards
+from xmodal_opd.objective.divergences import reverse_kl
+from xmodal_opd.rollout.hf import HFSampler
+from xmodal_opd.scoring.forward import Responses, divergence
+from xmodal_opd.selftest import check_sampler, check_sharing
+from xmodal_opd.tokens import token_batch
+from xmodal_opd.types import Sampling
+
+FILES = {"audio": "question.flac", "image": "figure.png"}
+
+
+def sample(kind: str | None, number: int, question) -> dict[str, bytes]:
+    """A shard's sample: the question heard, seen with its words, or read; and read with a hint."""
+    text = {"type": "text", "text": question.prompt}
+    media = {"type": kind, kind: FILES[kind]} if kind else text
+    hint = {"type": "text", "text": f"{question.prompt} It is {question.answer}."}
+    views = {"student": [media, text] if kind == "image" else [media], "teacher": [hint]}
+    record = {"views": {name: [{"role": "user", "content": parts}] for name, parts in views.items()}}
+    files = {"json": json.dumps(record | {"answer": question.answer, "meta": {"task": question.task}}).encode()}
+    if kind:
+        data = sound.encode(noise(number), 16000) if kind == "audio" else sight.encode(picture(number))
+        files[FILES[kind]] = data
+    return files
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Folders of four samples, by what their student view needs."""
+    folder = tmp_path_factory.mktemp("families")
+    asked = list(itertools.islice(questions(3, "train"), 4))
+    for kind in (None, *FILES):
+        render = lambda numbers, kind=kind: [sample(kind, n, asked[n]) for n in numbers]  # noqa: E731
+        write_shards(folder / str(kind), {"kind": kind}, len(asked), render, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, family):
+    """The family as a folder that transformers loads."""
+    name, model, processor, _ = family
+    folder = tmp_path_factory.mktemp(name)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def kind_of(adapter) -> str | None:
+    return next((kind for kind in FILES if kind in adapter.reads), None)
+
+
+def parts_of(saved, shards, adapter, *overrides):
+    """Live parts of CORD on the family's folder, and two pairs from its shards."""
+    data = shards / str(kind_of(adapter))
+    where = [f"model.name={saved}", f"data.train={data}", f"data.test={data}", "name=family"]
+    few = ["rollout.max_tokens=5", "train.prompts=2", "optim.lr=1e-2", "train.threads=1"]
+    recipe = config.load(str(ROOT / "configs" / "methods" / "cord.yaml"), [*where, *few, *overrides])
+    parts = build(recipe)
+    return parts, [pair for _, pair in itertools.islice(open_shards(recipe)[0].pairs(parts.adapter), 2)]
+
+
+def test_a_saved_model_gives_the_same_logits_and_prompts_again(family, saved):
+    _, model, _, adapter = family
+    loaded = models.load_model(str(saved))
+    assert type(loaded) is type(model)
+    inputs = adapter.batch([pair.views["student"] for pair in make_pairs(adapter, 2)])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    again = ChatAdapter(models.load_processor(str(saved)), 512)
+    for pair, other in zip(make_pairs(adapter, 2), make_pairs(again, 2), strict=True):
+        for name in pair.views:
+            ours, theirs = adapter.batch([pair.views[name]]), again.batch([other.views[name]])
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("train", [["encoder", "projector"], ["language_model"]], ids=["media", "language"])
+def test_a_step_of_cord_moves_what_should_train_and_nothing_else(family, saved, shards, train):
+    name, *_, adapter = family
+    if FAMILIES[name].encoder is None and train[0] != "language_model":
+        pytest.skip("a model of text has no encoder")
+    parts, pairs = parts_of(saved, shards, adapter, f"model.train={json.dumps(train)}")
+    before = {name: value.clone() for name, value in parts.student.named_parameters()}
+    metrics = step.train_step(parts, pairs, 0)
+    after = dict(parts.student.named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert metrics["grad_norm"] > 0 and all(torch.isfinite(value).all() for value in after.values())
+    assert {models.role_of(name) for name in moved} == {*train}
+    asked = {name for name, value in after.items() if value.requires_grad}
+    assert {models.role_of(name) for name in asked} == {*train} and moved <= asked
+    still = {name for name in asked - moved if after[name].grad is not None and after[name].grad.abs().sum() > 0}
+    assert not still
+
+
+def test_the_teacher_reading_the_students_view_is_the_student(family, saved, shards):
+    *_, adapter = family
+    parts, pairs = parts_of(saved, shards, adapter)
+    model = parts.student
+    rollouts = parts.sampler.generate(pairs, {"a": Sampling(2)}, seed=1)["a"]
+    mask = token_batch(rollouts).mask
+    assert check_sampler(model, parts.responses, rollouts) < 1e-3
+    assert check_sharing(model, parts.responses, rollouts) < 1e-4
+    student, teacher = (Responses(parts.adapter, share).hidden(model, rollouts, "student") for share in (True, False))
+    assert divergence(reverse_kl, (model, student), (model, teacher), mask, parts.vocab).abs().max() < 1e-4
+    other = parts.responses.hidden(model, rollouts, "teacher")
+    assert divergence(reverse_kl, (model, student), (model, other), mask, parts.vocab).abs().max() > 1e-2
+
+
+def test_views_with_and_without_media_share_a_batch(family):
+    _, model, _, adapter = family
+    pairs = make_pairs(adapter, 3)
+    mixed = [pairs[0].views["teacher"], *(p.views["student"] for p in pairs), pairs[1].views["teacher"]]
+    with torch.no_grad():
+        together = model(**models.inputs_on(model, adapter.batch(mixed))).logits
+        for view, row in zip(mixed, together, strict=True):
+            alone = model(**adapter.batch([view])).logits[0]
+            torch.testing.assert_close(row[-1], alone[-1], atol=2e-5, rtol=1e-4)
+
+
+def test_one_forward_leaves_nothing_behind_for_the_next(family):
+    _, model, _, adapter = family
+    pairs = make_pairs(adapter, 3)
+    sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 4)
+    rollouts = sampler.generate(pairs, {"a": Sampling(2)}, seed=1)["a"]
+    responses = Responses(adapter)
+    first = responses.hidden(model, rollouts[:2], "student")
+    for others in (rollouts[2:], rollouts):
+        for view in ("teacher", "student"):
+            responses.hidden(model, others, view)
+    model(**adapter.batch([pairs[2].views["student"]]))  # by the model's own positions
+    assert torch.equal(responses.hidden(model, rollouts[:2], "student"), first)
+
+
+def test_several_media_in_one_view_are_read_in_their_order(family):
+    _, model, processor, adapter = family
+    adapter, kind = ChatAdapter(processor, 1024), kind_of(adapter)
+    if kind is None or adapter.family.clips == 1:
+        pytest.skip("reads no media, or one clip")
+    made = [noise(i) for i in (0, 1)] if kind == "audio" else [picture(i) for i in (0, 1)]
+    ask = [{"type": kind}, {"type": "text", "text": "then"}, {"type": kind}]
+    ends = []
+    for some in (made, made[::-1]):
+        media = (some, []) if kind == "audio" else ([], some)
+        view = adapter.laid_out("k", [{"role": "user", "content": ask}], *media)
+        ends.append(model(**adapter.batch([view])).logits[0, -1])
+    assert not torch.allclose(*ends, atol=1e-6)
