@@ -15,7 +15,8 @@ from xmodal_opd.types import Inputs, Pair, SampleError
 class ChatAdapter:
     """Views from shards: media decoded, prompts laid out by the model's own chat template."""
 
-    def __init__(self, processor: Any, max_tokens: int):
+    def __init__(self, processor: Any, max_tokens: int, needs: str = "text"):
+        """Raises ValueError when the processor does not read what the student's views are made of: `needs`."""
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.extractor = extractor_of(processor)
@@ -23,6 +24,8 @@ class ChatAdapter:
         self.max_tokens = max_tokens
         has = {"audio": self.extractor is not None, "image": hasattr(processor, "image_processor")}
         self.reads = ["text", *(kind for kind, here in has.items() if here)]
+        if needs not in self.reads:
+            raise ValueError(f"the recipe's questions need {needs}, but {self.who()} reads {self.all_it_reads()} only")
         tokens = (getattr(processor, f"{kind}_token", None) for kind in ("audio", "image", "video"))
         self.placeholders = [token for token in tokens if isinstance(token, str)]
 
@@ -66,7 +69,7 @@ class ChatAdapter:
         kind = part["type"]
         if kind not in self.reads:
             what = {"image": "an image", "video": "a video"}.get(kind, kind)
-            raise SampleError(f"sample {key!r} has {what}, but {self.who()} reads {' and '.join(self.reads)} only")
+            raise SampleError(f"sample {key!r} has {what}, but {self.who()} reads {self.all_it_reads()} only")
         name = part[kind]
         if name not in media:
             have = ", ".join(sorted(media)) or "none"
@@ -90,6 +93,9 @@ class ChatAdapter:
 
     def who(self) -> str:
         return type(self.processor).__name__
+
+    def all_it_reads(self) -> str:
+        return " and ".join(self.reads)
 
     def text(self, prompt: str) -> Inputs:
         """The view of a plain question in text."""

@@ -68,7 +68,8 @@ def parts_of(saved, shards, adapter, *overrides):
     """Live parts of CORD on the family's folder, and two pairs from its shards."""
     data = shards / str(kind_of(adapter))
     where = [f"model.name={saved}", f"data.train={data}", f"data.test={data}", "name=family"]
-    few = ["rollout.max_tokens=5", "train.prompts=2", "optim.lr=1e-2", "train.threads=1"]
+    modality = {None: "text", "audio": "audio", "image": "vision"}[kind_of(adapter)]
+    few = [f"modality={modality}", "rollout.max_tokens=5", "train.prompts=2", "optim.lr=1e-2", "train.threads=1"]
     recipe = config.load(str(ROOT / "configs" / "methods" / "cord.yaml"), [*where, *few, *overrides])
     parts = build(recipe)
     return parts, [pair for _, pair in itertools.islice(open_shards(recipe)[0].pairs(parts.adapter), 2)]

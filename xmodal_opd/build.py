@@ -33,7 +33,11 @@ from xmodal_opd.scoring.served import ServedTeacher
 from xmodal_opd.serving import Servers
 from xmodal_opd.types import Adapter, Engine, Pair, Sampler, Sampling
 
-ADAPTERS: dict[str, Callable[..., Adapter]] = {"audio": ChatAdapter, "vision": ChatAdapter}
+ADAPTERS: dict[str, Callable[..., Adapter]] = {  # one reads them all; a modality is what the model must be able to
+    "text": ChatAdapter,
+    "audio": partial(ChatAdapter, needs="audio"),
+    "vision": partial(ChatAdapter, needs="image"),
+}
 STUDENT = "current"
 
 

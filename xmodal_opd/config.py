@@ -186,7 +186,7 @@ class Checkpoint(Part):
 
 class Recipe(Part):
     name: str
-    modality: Literal["audio", "vision"] = "audio"
+    modality: Literal["text", "audio", "vision"] = "audio"  # of the student's view: what the model must be able to read
     model: Model = Model()
     data: Data
     rollout: Rollout
