@@ -24,6 +24,7 @@ from xmodal_opd.engine.deepspeed_config import settings
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
+from xmodal_opd.rollout.ahead import Ahead
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.answers import same_answers
@@ -143,7 +144,7 @@ def build_sampler(
 
     sampler = VLLMSampler(
         Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait),
-        adapter,
+        copy.deepcopy(adapter) if part.ahead else adapter,  # a tokenizer that two threads share mixes up their padding
         eos=ends,
         banned=models.media_tokens(student),
         max_tokens=part.max_tokens,
@@ -153,7 +154,7 @@ def build_sampler(
     )
     if dist.rank() == 0:
         atexit.register(sampler.clear)
-    return sampler
+    return Ahead(sampler) if part.ahead else sampler
 
 
 def build_engine(recipe: config.Recipe, student: PreTrainedModel, schedule: Callable[[int], float]) -> Engine:

@@ -93,6 +93,7 @@ class Rollout(Part):
     retries: int = Field(default=3, ge=0)  # vllm: more attempts, on whichever server is free
     concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time
     wait: float = Field(default=600.0, gt=0)  # vllm: seconds to wait while no server answers
+    ahead: Literal[0, 1] = 0  # vllm: 1 samples the next step's answers while this one trains; each is one update old
     samplings: dict[str, Sampling]
 
 
@@ -334,6 +335,11 @@ def check_references(path: str, recipe: Recipe) -> None:
         raise ValueError(
             f"{path}: rollout.servers is {recipe.rollout.servers} and rollout.name is {recipe.rollout.name!r}; vllm "
             "needs the addresses of its servers, such as [http://127.0.0.1:8000], and hf has none"
+        )
+    if recipe.rollout.ahead and recipe.rollout.name == "hf":
+        raise ValueError(
+            f"{path}: rollout.ahead is 1 and rollout.name is 'hf', which samples with the weights and the device that "
+            "train: there is nothing to overlap; use rollout.name=vllm, or rollout.ahead=0"
         )
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")

@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,6 +24,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from xmodal_opd import dist
 from xmodal_opd.types import Adapter, Pair, SampleError
 
 INDEX = "index.json"  # the "wids" form: {"shardlist": [{"url", "nsamples", ...}]}
@@ -263,3 +265,12 @@ class Shards:
             raise RuntimeError(
                 f"{self.skipped} of {self.seen} samples are broken, more than {TOLERATED:.0%}; the last ones: {named}"
             )
+
+
+def dealt(pairs: Iterator[tuple[int, Pair]], position: int, count: int) -> Iterator[tuple[int, list[Pair]]]:
+    """This rank's `count` pairs of every step, and the position where all ranks are after it: one that skipped broken
+    samples is ahead, and the others leave out what it has passed, so that one number tells where every rank is."""
+    while True:
+        taken = list(islice(((after, pair) for after, pair in pairs if after > position), count))
+        position = max(dist.gather(taken[-1][0]))
+        yield position, [pair for _, pair in taken]

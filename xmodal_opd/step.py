@@ -18,6 +18,7 @@ from xmodal_opd.metrics import over_ranks, reward_metrics
 from xmodal_opd.objective import Term
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
+from xmodal_opd.rollout.ahead import Ahead
 from xmodal_opd.scoring.forward import (
     Side,
     divergence,
@@ -64,10 +65,15 @@ def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, to
     return Step(rollouts, sampling, batch, everyone, samplings, mine, told)
 
 
-def train_step(parts: Parts, pairs: Sequence[Pair], number: int) -> dict[str, float]:
-    """Sample, judge, backward and update on `pairs`; returns the step's metrics, those of all ranks together."""
+def train_step(
+    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None = None
+) -> dict[str, float]:
+    """Sample, judge, backward and update on `pairs`; returns the step's metrics, those of all ranks together.
+
+    following: the next step's pairs, for a sampler that is asked for them in advance.
+    """
     with encoded_once(parts.models.values()):
-        step, metrics = sample(parts, pairs, number)
+        step, metrics = sample(parts, pairs, number, following)
         metrics |= backward(parts, step, number)
     metrics = over_ranks(dist.gather(metrics))
     metrics |= parts.engine.step(number)
@@ -99,11 +105,11 @@ def pieces(parts: Parts, rollouts: Sequence[Rollout]) -> list[list[int]]:
 # ---- sampling and scoring, without gradient
 
 
-def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict[str, float]]:
+def sample(
+    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None = None
+) -> tuple[Step, dict[str, float]]:
     """The step's rollouts with all their scores, and what is worth knowing about them."""
-    reference = {} if parts.reference is None else {"(reference)": parts.reference}
-    seed = parts.recipe.train.seed * 1_000_003 + number * 4099 + (dist.rank() << 40)
-    answers = parts.sampler.generate(pairs, parts.samplings | reference, seed)
+    answers, age = answered(parts, pairs, number, following)
     references = answers.pop("(reference)", None)
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
@@ -118,7 +124,22 @@ def sample(parts: Parts, pairs: Sequence[Pair], number: int) -> tuple[Step, dict
     step = gathered(*heard(rollouts, sampling, batch, told))
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
-    return step, describe(parts, answers, rewards, failures) | apart | lost
+    return step, describe(parts, answers, rewards, failures) | age | apart | lost
+
+
+def answered(
+    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None
+) -> tuple[dict[str, list[Rollout]], dict[str, float]]:
+    """The answers of every sampling and how many updates old they are; those to the following pairs are then begun."""
+    samplings = parts.samplings | ({} if parts.reference is None else {"(reference)": parts.reference})
+    first = parts.recipe.train.seed * 1_000_003 + (dist.rank() << 40)
+    answers = parts.sampler.generate(pairs, samplings, first + number * 4099)
+    if not isinstance(parts.sampler, Ahead):
+        return answers, {}
+    age = {"rollout/age": float(parts.sampler.age)}
+    if following is not None:
+        parts.sampler.begin(following, samplings, first + (number + 1) * 4099)
+    return answers, age
 
 
 def with_trainer_logp(

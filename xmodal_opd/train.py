@@ -14,6 +14,7 @@ import torch
 
 from xmodal_opd import checkpoint, config, dist, evaluate, report
 from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
+from xmodal_opd.data import dealt
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
 from xmodal_opd.selftest import sharing
@@ -70,17 +71,17 @@ def loop(
     began: float,
 ) -> None:
     """Steps until the recipe's last. `state` {step, position, seconds, skipped} is what a resumed run starts from."""
-    recipe = parts.recipe
+    recipe, coming = parts.recipe, None
+    questions = dealt(pairs, state["position"], recipe.train.prompts // dist.world())
     with stop_requests() as stop:
         for number in range(state["step"], recipe.train.steps):
-            asked = time.monotonic()
-            taken = take(pairs, state["position"], recipe.train.prompts // dist.world())
+            asked, done = time.monotonic(), number + 1
+            position, taken = coming or next(questions)
+            coming = next(questions) if recipe.rollout.ahead and done < recipe.train.steps else None
             waited = time.monotonic() - asked
-            values = train_step(parts, [pair for _, pair in taken], number)
+            values = train_step(parts, taken, number, coming and coming[1])
             values |= {"data_wait": waited, "step_time": time.monotonic() - asked}
-            done = number + 1
-            ranks = dist.gather((taken[-1][0], stop[:1]))
-            position, stops = max(p for p, _ in ranks), [s for _, some in ranks for s in some]
+            stops = [s for some in dist.gather(stop[:1]) for s in some]
             state |= {"step": done, "position": position, "skipped": skipped_in_a_row(values, state, number)}
             if recipe.eval.every and done % recipe.eval.every == 0:
                 values |= evaluate.accuracies(evaluated(parts, tests[: recipe.eval.during], None))
@@ -90,12 +91,6 @@ def loop(
             if stops:
                 dist.say(f"stopped after step {done} and saved; go on with --resume run_dir={run}")
                 raise SystemExit(128 + stops[0])
-
-
-def take(pairs: Iterator[tuple[int, Pair]], start: int, count: int) -> list[tuple[int, Pair]]:
-    """This rank's next `count` pairs at or behind position `start`, where all ranks are: a rank that skipped broken
-    samples is ahead, and the others leave out what it has passed, so that one position tells where every rank is."""
-    return list(islice(((after, pair) for after, pair in pairs if after > start), count))
 
 
 @contextmanager
