@@ -271,6 +271,9 @@ class Picky:
     def batch(self, views):
         return {}
 
+    def served(self, view):
+        return [], []
+
     def decode(self, tokens):
         return ""
 
