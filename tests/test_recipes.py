@@ -1,14 +1,17 @@
 """Every recipe in configs/ resolves; every method takes a step that is finite and reaches the student."""
 
 import shutil
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
+from teacher import Teacher, serving
 
 from xmodal_opd import config
 from xmodal_opd.build import build, open_shards
+from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.step import train_step
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +22,22 @@ METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 def test_method_takes_a_finite_step(path, world, tmp_path):
     tree = yaml.safe_load(Path(world["recipe"]).read_text()) | {"include": [str(path)]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    parts = build(config.load(str(tmp_path / "recipe.yaml")))
+    with serving_any(tree["model"]["name"], config.read(path)) as overrides:
+        parts = build(config.load(str(tmp_path / "recipe.yaml"), overrides))
+        moves(parts)
+
+
+@contextmanager
+def serving_any(folder, tree):
+    """Where to find the teachers that a method has behind servers."""
+    if not tree.get("teachers"):
+        yield []
+        return
+    with serving(Teacher(load_model(folder), load_processor(folder))) as teacher:
+        yield [f"teachers.{name}.servers=['{teacher.url}']" for name in tree["teachers"]]
+
+
+def moves(parts):
     if parts.judge:  # a random model is never right, and equal rewards teach nothing
         parts = replace_judge(parts)
     before = {n: p.detach().clone() for n, p in parts.student.named_parameters()}
