@@ -1,19 +1,79 @@
-"""What `check --dry` says of a model it has not loaded."""
+"""What `check --dry` says of models it has not loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from xmodal_opd import models
+from xmodal_opd import cli, config, dry, models
+from xmodal_opd.build import build
 
-SHAPES = Path(__file__).parents[1] / "configs" / "models"
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = {"Qwen2-Audio-7B-Instruct": 8_397_094_912, "Qwen2.5-Omni-7B": 8_931_813_888}  # parameters of the weights
+PAPERS = ["cord_qwen2_audio_7b", "cord_qwen2_5_omni_7b"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recorded_shapes_have_the_published_number_of_parameters(name):
+    model = models.empty_model(str(CONFIGS / "models" / name), "bfloat16")
+    assert dry.count(model) == PUBLISHED[name]
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_resolve_without_weights_and_fit_the_devices_they_name(name, capsys):
+    assert cli.main(["check", "--dry", str(CONFIGS / f"{name}.yaml"), "--devices", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "160 answers of at most 200 tokens, 32,000 in all" in told
+    totals = [float(line.split()[-2]) for line in told.splitlines() if line.startswith(("  training", "  sampling"))]
+    assert len(totals) == 2 and all(10 < total < 76 for total in totals)
+
+
+def test_what_the_paper_settles_is_what_the_recipes_say():
+    for name in PAPERS:
+        recipe = config.load(str(CONFIGS / f"{name}.yaml"))
+        tokens, group = recipe.rollout.samplings["tokens"], recipe.rollout.samplings["sequences"]
+        assert (tokens.n, tokens.temperature, group.n, group.temperature) == (1, 1.0, 4, 1.5)
+        assert recipe.objective["tokens"].weights[0] == {"top_kl": {"k": 20, "alpha": 2.0}}
+        assert (recipe.optim.lr, recipe.rollout.max_tokens, recipe.train.steps) == (3e-5, 200, 3000)
+
+
+def test_memory_is_divided_by_stage():
+    plan = dry.planned(config.load(str(CONFIGS / "cord_qwen2_audio_7b.yaml")), 4)
+    moving, whole = dry.trainable(plan.student), dry.size(plan.student)
+    held = [dry.held(replace(plan, stage=stage)) for stage in (None, 0, 1, 2, 3)]
+    assert [h["weights"] for h in held] == [whole] * 4 + [whole / 4]
+    assert [h["gradients"] / moving for h in held] == [4, 4, 4, 1, 1]
+    assert [h["moments and masters"] / moving for h in held] == [8, 8, 3, 3, 3]
+    aside = config.load(str(CONFIGS / "cord_qwen2_audio_7b.yaml"), ["engine.offload=[optimizer]"])
+    assert dry.held(replace(plan, recipe=aside))["moments and masters"] == 0
+
+
+def test_activations_counted_without_data_are_those_a_real_run_keeps():
+    real, empty = models.load_model("default"), models.empty_model("default")
+    assert dry.remembered(empty, 32) == pytest.approx(dry.remembered(real, 32, "cpu"), rel=0.05)
+
+
+def test_lora_trains_little_and_its_initial_teacher_costs_nothing():
+    more = ["model.lora={rank: 64}", "model.train=null", "objective.tokens.teacher.model=initial"]
+    told = "\n".join(dry.dry(config.load(str(CONFIGS / "cord_qwen2_audio_7b.yaml"), more), 4))
+    student = build(config.load(str(CONFIGS / "cord_audio.yaml"), ["model.lora={}", "model.train=null"])).student
+    shape = models.empty_model("default")
+    dry.make_trainable(shape, config.load(str(CONFIGS / "cord_audio.yaml"), ["model.lora={}", "model.train=null"]))
+    assert dry.trainable(shape) == dry.trainable(student)
+    assert "teachers" not in told
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("Qwen2-Audio-7B-Instruct", 8_397_094_912), ("Qwen2.5-Omni-7B", 8_931_813_888)],  # of the published weights
+    ("more", "told"),
+    [
+        ("objective.tokens.divergence=reverse_kk", "unknown divergence 'reverse_kk'"),
+        ("engine.offload=[parameters]", "needs engine.zero of 3 or more"),
+        ("train.prompts=30", "30 questions a step, which 4 ranks cannot share"),
+        ("engine={name: plain, zero: null}", "4 processes were started, but engine.name is plain"),
+        ("model.train=[audoi]", "model.train names 'audoi'"),
+    ],
 )
-def test_recorded_shapes_have_the_published_number_of_parameters(name, parameters):
-    model = models.empty_model(str(SHAPES / name), "bfloat16")
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert all(p.is_meta for p in model.parameters())
+def test_what_does_not_exist_is_told(more, told, capsys):
+    assert cli.main(["check", "--dry", str(CONFIGS / "cord_qwen2_5_omni_7b.yaml"), more, "--devices", "4"]) == 1
+    assert told in capsys.readouterr().err

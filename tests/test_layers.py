@@ -17,7 +17,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"checkpoint", "rollout", "scoring"},
     {"evaluate", "selftest"},
     {"build"},
-    {"step"},
+    {"step", "dry"},
     {"train"},
     {"inspect"},
     {"cli"},

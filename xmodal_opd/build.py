@@ -75,6 +75,12 @@ class Parts:
 def launch(recipe: config.Recipe) -> None:
     """Join the processes of this launch. Raises ValueError when they are not what engine and step are for."""
     ranks = dist.started()
+    refuse_ranks(recipe, ranks)
+    if ranks > 1:
+        dist.join(device(recipe.engine.device))
+
+
+def refuse_ranks(recipe: config.Recipe, ranks: int) -> None:
     if ranks > 1 and recipe.engine.name == "plain":
         raise ValueError(f"{ranks} processes were started, but engine.name is plain, which is one; use deepspeed")
     if recipe.train.prompts % ranks:
@@ -82,8 +88,6 @@ def launch(recipe: config.Recipe) -> None:
             f"train.prompts is {recipe.train.prompts} questions a step, which {ranks} ranks cannot share evenly; "
             f"use a multiple of {ranks}"
         )
-    if ranks > 1:
-        dist.join(device(recipe.engine.device))
 
 
 def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
@@ -120,14 +124,19 @@ def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
 
 def load_student(recipe: config.Recipe) -> PreTrainedModel:
     """The recipe's model with what trains set: what model.train names, and an adapter where the recipe has one."""
-    student, settings, train = load(recipe, recipe.model.name), recipe.model.lora, recipe.model.train
+    student = load(recipe, recipe.model.name)
+    make_trainable(student, recipe)
+    return student
+
+
+def make_trainable(student: PreTrainedModel, recipe: config.Recipe) -> None:
+    settings, train = recipe.model.lora, recipe.model.train
     if settings is None:
         models.set_trainable(student, ["all"] if train is None else train)
-        return student
+        return
     moving = models.set_trainable(student, train or [])
     modules = lora.target_modules(student, settings.targets, settings.parts)
     lora.inject(student, modules, settings.rank, settings.alpha, moving)
-    return student
 
 
 def build_sampler(
@@ -226,8 +235,7 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> list[int]:
 
 def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """The models the recipe's terms and scorers name, besides the student itself, without gradient."""
-    sources = [t.teacher for t in recipe.objective.values() if t.divergence] + list(recipe.scoring.values())
-    here = {s.model for s in sources} - {STUDENT, *recipe.teachers}
+    here = config.teachers(recipe) - {STUDENT, *recipe.teachers}
     return {name: teacher(recipe, name, student) for name in sorted(here)}
 
 

@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "train":
             command.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+        if name == "check":
+            command.add_argument(
+                "--dry", action="store_true", help="load nothing: print parameters, memory per device, tokens per step"
+            )
+            command.add_argument("--devices", type=int, default=1, help="with --dry: how many it would run on (1)")
         if name in ("eval", "export"):
             command.add_argument("--checkpoint", help="a checkpoint or model folder; default: the recipe's own model")
         if name == "export":
@@ -91,9 +96,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     quiet()
-    from xmodal_opd import inspect
+    if arguments.dry:
+        from xmodal_opd import dry
 
-    for line in inspect.check(recipe):
+        lines = dry.dry(recipe, arguments.devices)
+    else:
+        from xmodal_opd import inspect
+
+        lines = inspect.check(recipe)
+    for line in lines:
         print(line, flush=True)
     return 0
 

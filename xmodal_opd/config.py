@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
+OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
 Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
 
 
@@ -353,13 +354,12 @@ def check_references(path: str, recipe: Recipe) -> None:
 
 def check_teachers(path: str, recipe: Recipe) -> None:
     """Served teachers have names of their own, and where there are some a bare name must be one of them or a folder."""
-    own = ("current", "initial", "ema")
-    if taken := [name for name in recipe.teachers if name in own or "/" in name]:
+    if taken := [name for name in recipe.teachers if name in OWN or "/" in name]:
         raise ValueError(f"{path}: teachers.{taken[0]} is the name of a model already; give the served teacher another")
     asked = {f"objective.{n}.teacher.model": t.teacher.model for n, t in recipe.objective.items() if t.divergence}
     asked |= {f"scoring.{name}.model": scorer.model for name, scorer in recipe.scoring.items()}
     for where, name in asked.items():
-        if recipe.teachers and name not in (*own, *recipe.teachers) and "/" not in name and not Path(name).is_dir():
+        if recipe.teachers and name not in (*OWN, *recipe.teachers) and "/" not in name and not Path(name).is_dir():
             have = ", ".join(recipe.teachers)
             raise ValueError(f"{path}: {where} names {name!r}{hint(name, recipe.teachers)}; teachers has: {have}")
     for name, scorer in recipe.scoring.items():
@@ -372,10 +372,27 @@ def check_teachers(path: str, recipe: Recipe) -> None:
 
 def views(recipe: Recipe) -> set[str]:
     """The views every sample must have: those the recipe names, and the two that are evaluated."""
-    terms = recipe.objective.values()
-    sources = [t.teacher for t in terms if t.divergence] + list(recipe.scoring.values())
     asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
-    return {"student", "teacher", *(part.view for part in (*terms, *sources, *asked) if part is not None)}
+    parts = (*recipe.objective.values(), *sources(recipe), *asked)
+    return {"student", "teacher", *(part.view for part in parts if part is not None)}
+
+
+def teachers(recipe: Recipe) -> set[str]:
+    """Names of the models whose numbers terms and scorers use, the student's own ("current", …) among them."""
+    return {source.model for source in sources(recipe)}
+
+
+def sources(recipe: Recipe) -> list[Source]:
+    return [*(t.teacher for t in recipe.objective.values() if t.divergence), *recipe.scoring.values()]
+
+
+def recorded(name: str) -> str | None:
+    """The folder in the package with the config of a published model of that name, if there is one; a folder of one's
+    own goes first."""
+    if Path(name).is_dir():
+        return None
+    folders = (root / "models" / name.rpartition("/")[2] for root in ROOTS)
+    return next((str(folder) for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def piece_name(spec: Spec) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from xmodal_opd.objective.divergences import reverse_kl
 
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}  # few enough for a laptop, and to keep a GPU's products busy
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 PerToken = Float[Tensor, " N"]
 ROUNDING = 1e-7  # a rest below it is what float32 log-probabilities do not add up to
@@ -262,9 +264,8 @@ def refuse_unpaired(what: str, a: Tensor, b: Tensor) -> None:
 
 
 def fitting(head: Tensor) -> int:
-    """Tokens per chunk: a fixed number of logits, few enough for a laptop, more on a GPU to keep its products busy."""
-    budget = 2**23 if head.device.type == "cpu" else 2**27
-    return max(1, budget // len(head))
+    """Tokens per chunk."""
+    return max(1, LOGITS_AT_ONCE["cpu" if head.device.type == "cpu" else "cuda"] // len(head))
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:
