@@ -81,7 +81,7 @@ def gemma3n(processor: Any, prompts: Sequence[Any], audio: Media, images: Media)
     in the padding a word, for the reason `xmodal_opd.tokens.response_tokens` gives."""
     media: dict[str, Any] = {"images": [list(some) for some in images]} if any(images) else {}
     if heard := [wave for some in audio for wave in some]:
-        media |= {"audio": heard, "audio_kwargs": {"padding": "max_length"}}
+        media |= {"audio": heard, "audio_kwargs": {"padding": "max_length", "max_length": half_a_minute(processor)}}
     words = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     out = processor(text=list(prompts), text_kwargs=words, **media)
     ids, real = out["input_ids"], out["attention_mask"].bool()

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import make_pairs
+from families import FAMILIES
 
 from xmodal_opd import config, encoders, models, step
 from xmodal_opd.build import build, open_shards
@@ -46,13 +47,13 @@ def hinted(adapter, pairs):
 
 
 def test_a_teacher_that_hears_or_sees_the_same_adds_no_run_and_changes_nothing(family, runs):
-    _, model, _, adapter = family
+    name, model, _, adapter = family
     if not models.encoders(model):
         pytest.skip("it reads text alone")
     pairs = hinted(adapter, make_pairs(adapter, 2))
     sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 5)
     rollouts = sampler.generate(pairs, {"a": Sampling(2)}, seed=1)["a"]
-    count, found = runs(models.encoders(model)[0]), {}
+    count, found = runs(model.get_submodule(FAMILIES[name].encoder)), {}
     for how, within in (("again", nullcontext()), ("once", encoded_once([model]))):
         model.zero_grad()
         count["n"] = 0

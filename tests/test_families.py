@@ -15,12 +15,13 @@ from modalities.tasks import questions
 from modalities.vision import media as sight
 from xmodal_opd import config, models, step
 from xmodal_opd.build import build, open_shards
+from xmodal_opd.encoders import encoded_once
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence
 from xmodal_opd.selftest import check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
-from xmodal_opd.types import Sampling
+from xmodal_opd.types import Pair, Sampling
 
 FILES = {"audio": "question.flac", "image": "figure.png"}
 
@@ -159,3 +160,33 @@ def test_several_media_in_one_view_are_read_in_their_order(family):
         view = adapter.laid_out("k", [{"role": "user", "content": ask}], *media)
         ends.append(model(**adapter.batch([view])).logits[0, -1])
     assert not torch.allclose(*ends, atol=1e-6)
+
+
+def test_sound_sight_and_words_go_into_one_view(family):
+    _, model, processor, _ = family
+    adapter = ChatAdapter(processor, 1024)
+    if not {"audio", "image"} <= {*adapter.reads}:
+        pytest.skip("does not both hear and see")
+    ask = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "audio"}]
+    view = lambda *media: adapter.laid_out("k", [{"role": "user", "content": ask}], *media)  # noqa: E731
+    views = [view([noise(i)], [picture(i)]) for i in range(2)]
+    pairs = [Pair(str(i), {"student": some}) for i, some in enumerate(views)]
+    sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 5)
+    with encoded_once([model]):
+        rollouts = sampler.generate(pairs, {"a": Sampling(2)}, seed=0)["a"]
+        assert check_sampler(model, Responses(adapter), rollouts) < 1e-3
+        assert check_sharing(model, Responses(adapter), rollouts) < 1e-4
+    first = model(**adapter.batch(views[:1])).logits[0, -1]
+    for other in (view([noise(1)], [picture(0)]), view([noise(0)], [picture(1)])):
+        assert not torch.allclose(model(**adapter.batch([other])).logits[0, -1], first, atol=1e-6)
+
+
+def test_what_an_encoder_gave_is_remembered_as_it_was(tokenizer):
+    model, processor = FAMILIES["gemma3n"].make(tokenizer)
+    inputs = ChatAdapter(processor, 512).family.call(processor, ["<image_soft_token>"], [[]], [[picture(0)]])
+    tower = model.eval().model.vision_tower
+    with torch.no_grad(), encoded_once([model]):
+        given = [
+            tower(pixel_values=inputs["pixel_values"], do_pooling=False).last_hidden_state.mul_(8) + 0 for _ in "abc"
+        ]
+    assert all(torch.equal(given[0], one) for one in given[1:])

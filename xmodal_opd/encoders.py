@@ -30,10 +30,10 @@ class Memory:
         state, inputs = state_of(encoder), values((args, options))
         known = next((out for s, given, out, _ in self.seen if s == state and same(given, inputs)), None)
         if known is not None and not trains:
-            return values(known)
+            return values(known, fresh)
         out = forward(*args, **options)
         if known is None:
-            self.remember(state, inputs, values(out))
+            self.remember(state, inputs, values(out, fresh))
         return out
 
     def remember(self, state: Any, inputs: Any, out: Any) -> None:
@@ -69,13 +69,18 @@ def state_of(encoder: nn.Module) -> tuple[Any, ...]:
     return weights, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def values(tree: Any) -> Any:
+def values(tree: Any, of: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
     """Arguments or outputs in containers of their own, cut off from the graph."""
     if isinstance(tree, Tensor):
-        return tree.detach()
-    if isinstance(tree, Mapping):
-        return type(tree)(**{key: values(value) for key, value in tree.items()})  # a transformers output, or options
-    return type(tree)(map(values, tree)) if isinstance(tree, list | tuple) else tree
+        return of(tree)
+    if isinstance(tree, Mapping):  # a transformers output, or options
+        return type(tree)(**{key: values(value, of) for key, value in tree.items()})
+    return type(tree)(values(part, of) for part in tree) if isinstance(tree, list | tuple) else tree
+
+
+def fresh(output: Tensor) -> Tensor:
+    """A copy: what an encoder gave is the model's to write into, as Gemma 3n does."""
+    return output.detach().clone()
 
 
 def leaves(tree: Any) -> list[Any]:
