@@ -1,12 +1,15 @@
 """Each family from its folder through shards, views, a sampled group and a step of CORD, and back into a folder."""
 
+import base64
 import itertools
 import json
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, make_pairs, noise, picture
 from families import FAMILIES
+from safetensors.torch import save_file
 
 from modalities.audio import media as sound
 from modalities.chat import ChatAdapter
@@ -21,7 +24,7 @@ from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence
 from xmodal_opd.selftest import check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
-from xmodal_opd.types import Pair, Sampling
+from xmodal_opd.types import Pair, Rollout, Sampling
 
 FILES = {"audio": "question.flac", "image": "figure.png"}
 
@@ -162,14 +165,23 @@ def test_several_media_in_one_view_are_read_in_their_order(family):
     assert not torch.allclose(*ends, atol=1e-6)
 
 
+def everything(adapter, clip: int, image: int):
+    """A view of all kinds of media the model reads, in one question."""
+    media = [noise(clip)] if "audio" in adapter.reads else [], [picture(image)] if "image" in adapter.reads else []
+    parts = [
+        {"type": "text", "text": "what"},
+        *({"type": "image"} for _ in media[1]),
+        *({"type": "audio"} for _ in media[0]),
+    ]
+    return adapter.laid_out("k", [{"role": "user", "content": parts}], *media)
+
+
 def test_sound_sight_and_words_go_into_one_view(family):
     _, model, processor, _ = family
     adapter = ChatAdapter(processor, 1024)
     if not {"audio", "image"} <= {*adapter.reads}:
         pytest.skip("does not both hear and see")
-    ask = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "audio"}]
-    view = lambda *media: adapter.laid_out("k", [{"role": "user", "content": ask}], *media)  # noqa: E731
-    views = [view([noise(i)], [picture(i)]) for i in range(2)]
+    views = [everything(adapter, i, i) for i in range(2)]
     pairs = [Pair(str(i), {"student": some}) for i, some in enumerate(views)]
     sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 5)
     with encoded_once([model]):
@@ -177,7 +189,7 @@ def test_sound_sight_and_words_go_into_one_view(family):
         assert check_sampler(model, Responses(adapter), rollouts) < 1e-3
         assert check_sharing(model, Responses(adapter), rollouts) < 1e-4
     first = model(**adapter.batch(views[:1])).logits[0, -1]
-    for other in (view([noise(1)], [picture(0)]), view([noise(0)], [picture(1)])):
+    for other in (everything(adapter, 1, 0), everything(adapter, 0, 1)):
         assert not torch.allclose(model(**adapter.batch([other])).logits[0, -1], first, atol=1e-6)
 
 
@@ -190,3 +202,119 @@ def test_what_an_encoder_gave_is_remembered_as_it_was(tokenizer):
             tower(pixel_values=inputs["pixel_values"], do_pooling=False).last_hidden_state.mul_(8) + 0 for _ in "abc"
         ]
     assert all(torch.equal(given[0], one) for one in given[1:])
+
+
+def test_the_layout_is_that_of_the_processor_itself(family):
+    _, model, processor, adapter = family
+    kind = kind_of(adapter)
+    pair = make_pairs(adapter, 1)[0]
+    view, ours = pair.views["student"], adapter.batch([pair.views["student"]])
+    if isinstance(view["prompt"], list):
+        file = base64.b64encode(sound.encode(view["audio"][0], 16000)).decode()
+        asked = [{"role": "user", "content": [{"type": "audio", "base64": file}]}]
+        theirs = processor.apply_chat_template(asked, chat_template="")  # transformers 5.5 fails at none
+    elif kind is None:
+        theirs = processor([view["prompt"]], return_tensors="pt")
+    else:
+        media = {"audio": view["audio"]} if kind == "audio" else {"images": [view["images"]]}
+        theirs = processor(text=[view["prompt"]], return_tensors="pt", **media)
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(ours[name], theirs[name])
+    if features := {"audio": "input_features", "image": "pixel_values"}.get(str(kind)):
+        got, expected = ours[features], theirs[features]
+        both = tuple(slice(min(sizes)) for sizes in zip(got.shape, expected.shape, strict=True))  # more silence behind
+        near = (got[both] - expected[both]).abs() < 2e-3
+        assert near.float().mean() > 0.99  # all but the frames that reach into the silence
+    assert media_tokens_in(model, ours["input_ids"]) > 0 or kind is None
+
+
+def media_tokens_in(model, tokens) -> int:
+    return int(torch.isin(tokens, torch.tensor(models.media_tokens(model))).sum())
+
+
+def test_an_answer_may_hold_the_marks_around_media(family):
+    """No sampler bans them; a forward that takes them for the beginning of an image would be off from there on."""
+    _, model, processor, _ = family
+    adapter = ChatAdapter(processor, 1024)
+    pairs = [Pair(str(i), {"student": everything(adapter, i, i)}) for i in range(2)]
+    marks = set(adapter.tokenizer.all_special_ids) - {*models.media_tokens(model), model.generation_config.eos_token_id}
+    answers = [[*sorted(marks)[:12], 5, *sorted(marks)[:3]], [7, *sorted(marks)[::-1][:9]]]
+    rollouts = [
+        Rollout(p, a, [0.0] * len(a), "", False, i) for i, (p, a) in enumerate(zip(pairs, answers, strict=True))
+    ]
+    mask = token_batch(rollouts).mask
+    shared, plain = (Responses(adapter, share).hidden(model, rollouts, "student") for share in (True, False))
+    torch.testing.assert_close(shared[mask], plain[mask], atol=2e-4, rtol=1e-3)
+
+
+def test_a_family_runs_in_bfloat16(family, saved):
+    *_, adapter = family
+    model = models.load_model(str(saved), "bfloat16")
+    sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 4)
+    rollouts = sampler.generate(make_pairs(adapter, 2), {"a": Sampling(2)}, seed=0)["a"]
+    assert check_sampler(model, Responses(adapter), rollouts) < 1
+    assert (
+        models.inputs_on(model, adapter.batch([make_pairs(adapter, 1)[0].views["student"]]))["input_ids"].dtype
+        == torch.long
+    )
+
+
+@pytest.mark.parametrize("name", ["omni", "qwen3_omni"])
+def test_the_part_that_writes_text_is_taken_out_of_a_larger_checkpoint(tokenizer, tmp_path, name):
+    """As published: the thinker's weights under their prefix, in a config with a talker that is not loaded."""
+    model, processor = FAMILIES[name].make(tokenizer)
+    whole = {"omni": "Qwen2_5OmniForConditionalGeneration", "qwen3_omni": "Qwen3OmniMoeForConditionalGeneration"}[name]
+    cls = getattr(transformers, whole)
+    config = cls.config_class(thinker_config=model.config.to_dict(), enable_audio_output=False)
+    config.architectures = [whole]
+    config.save_pretrained(tmp_path)
+    save_file({f"thinker.{k}": v.contiguous() for k, v in state_of(model).items()}, tmp_path / "model.safetensors")
+    loaded = models.load_model(str(tmp_path))
+    assert type(loaded) is type(model)
+    adapter = ChatAdapter(processor, 512)
+    inputs = adapter.batch([pair.views["student"] for pair in make_pairs(adapter, 2)])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, models.attend_in_blocks(model.eval())(**inputs).logits)
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    """Without what is tied to another."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes", "message"),
+    [
+        (
+            "BertModel",
+            {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16},
+            "has no output projection",
+        ),
+        ("GPTJForCausalLM", {"n_embd": 16, "n_head": 2, "rotary_dim": 4}, "adds a bias to its logits"),
+        ("T5ForConditionalGeneration", {"d_model": 16, "d_ff": 16, "num_heads": 2}, "is an encoder-decoder"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_at_load(tmp_path, cls, sizes, message):
+    kind = getattr(transformers, cls)
+    layers = {"num_hidden_layers": 1, "n_layer": 1, "num_layers": 1, "vocab_size": 32}
+    kind(kind.config_class(**sizes, **layers)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{cls} {message}"):
+        models.load_model(str(tmp_path))
+
+
+def test_a_checkpoint_with_an_adapter_for_audio_alone_is_refused(tokenizer, tmp_path):
+    model, _ = FAMILIES["granite_speech"].make(tokenizer)
+    model.config.has_lora_adapter = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a LoRA adapter that it switches on for audio and off for text"):
+        models.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "modality", "needs"), [("qwen2", "audio", "audio"), ("smolvlm", "audio", "audio")])
+def test_a_model_that_cannot_read_the_questions_is_refused_at_load(family, saved, shards, name, modality, needs):
+    if family[0] != name:
+        pytest.skip("another family")
+    who = type(family[2]).__name__
+    with pytest.raises(ValueError, match=rf"the recipe's questions need {needs}, but {who} reads text.* only"):
+        parts_of(saved, shards, family[3], f"modality={modality}")
