@@ -1,5 +1,6 @@
 """A teacher behind a server teaches what the same teacher would here; whatever is missing or misplaced is told."""
 
+import socket
 from itertools import islice
 from math import nan
 
@@ -129,8 +130,7 @@ def test_answers_a_teacher_fails_on_are_left_out_and_counted(world, teacher, cap
     parts = build(sequences(world, served))
     metrics, gradient, sampled = stepped(parts)
     assert metrics["teacher_failures"] == len(lost) == 5 and len(sampled.rollouts) == 15 - 5
-    kept = [tuple(r.tokens) for r in sampled.rollouts]
-    assert not any(tuple(prompt[-len(r.tokens) :]) in kept and False for prompt in lost for r in sampled.rollouts)
+    assert not any(prompt[-len(r.tokens) :] == r.tokens for prompt in lost for r in sampled.rollouts)
     assert len(sampled.batch.mask) == len(sampled.sampling) == 10
     assert all(torch.isfinite(g).all() for g in gradient.values())
     assert "5 of 15 answers are left out: a teacher said nothing of them" in capsys.readouterr().out
@@ -151,6 +151,16 @@ def test_a_step_without_a_teacher_at_all_is_an_error_and_the_checkpoint_is_good(
     served.spoil = None
     train.train(recipe(world, at(served, "timeout: 7"), *overrides), resume=True)
     assert train.checkpoint.latest(tmp_path / "run").name == "step-000004"
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_measured(world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        where = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        gone = f"teachers.expert={{servers: ['{where}'], wait: 1}}"
+        with pytest.raises(RuntimeError, match=rf"teacher 'expert' gave nothing .*no server answered for 1 s: {where}"):
+            train.train(recipe(world, gone, TOP, f"{NAME}=expert", f"run_dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run" / "eval").exists()
 
 
 def forget(told):

@@ -24,7 +24,7 @@ def check(recipe: config.Recipe) -> Iterator[str]:
     moving = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
     total = sum(p.numel() for p in parts.student.parameters())
     yield f"model      {type(parts.student).__name__}, {total / 1e6:.1f} M parameters, {moving / 1e6:.1f} M train"
-    yield f"teachers   {', '.join(sorted(parts.models))}"
+    yield f"teachers   {', '.join(sorted([*parts.models, *parts.served]))}"
     pairs = probe(parts)
     yield f"data       {len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
     parts = aligned(parts, pairs)

@@ -114,7 +114,7 @@ def sample(
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
     judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
-    asking = later(ask_teachers, parts.served, wanted(parts, sampling), rollouts)
+    asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, sampling), rollouts)
     batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()

@@ -137,6 +137,9 @@ def ask_teachers(
 ) -> dict[Source, Answers]:
     """What every teacher says of the rows it is wanted for. Raises RuntimeError when one said nothing of any."""
 
+    if not wanted:
+        return {}
+
     async def all_of_them() -> list[list[TeacherSignal | str]]:
         return await gather(
             teachers[name].answer([rollouts[r] for r in rows], view) for (name, view), rows in wanted.items()
