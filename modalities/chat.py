@@ -26,6 +26,8 @@ class ChatAdapter:
         self.reads = ["text", *(kind for kind, here in has.items() if here)]
         if needs not in self.reads:
             raise ValueError(f"the recipe's questions need {needs}, but {self.who()} reads {self.all_it_reads()} only")
+        if needs == "image":
+            self.family.image_tokens(processor, 64, 64)  # here rather than at the first image
         tokens = (getattr(processor, f"{kind}_token", None) for kind in ("audio", "image", "video"))
         self.placeholders = [token for token in tokens if isinstance(token, str)]
 

@@ -142,6 +142,9 @@ def frames(processor: Any, samples: int) -> int:
 
 def patches(processor: Any, height: int, width: int) -> int:
     looks = processor.image_processor
+    if not (hasattr(looks, "get_number_of_image_patches") and hasattr(looks, "merge_size")):
+        who = type(processor).__name__
+        raise ValueError(f"{who} does not say how many tokens an image takes; give it a line in modalities/families.py")
     return looks.get_number_of_image_patches(height, width, {}) // looks.merge_size**2
 
 

@@ -318,3 +318,10 @@ def test_a_model_that_cannot_read_the_questions_is_refused_at_load(family, saved
     who = type(family[2]).__name__
     with pytest.raises(ValueError, match=rf"the recipe's questions need {needs}, but {who} reads text.* only"):
         parts_of(saved, shards, family[3], f"modality={modality}")
+
+
+def test_a_processor_whose_images_nobody_can_count_is_refused_at_load(tokenizer):
+    looks = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = transformers.LlavaProcessor(looks, tokenizer, patch_size=16)
+    with pytest.raises(ValueError, match=r"LlavaProcessor does not say how many tokens an image takes; give it a line"):
+        ChatAdapter(processor, 512, needs="image")
