@@ -21,7 +21,7 @@ from xmodal_opd.build import build, open_shards
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
-from xmodal_opd.scoring.forward import Responses, divergence
+from xmodal_opd.scoring.forward import Responses, divergence, token_logp
 from xmodal_opd.selftest import check_sampler, check_sharing
 from xmodal_opd.tokens import token_batch
 from xmodal_opd.types import Pair, Rollout, Sampling
@@ -325,3 +325,32 @@ def test_a_processor_whose_images_nobody_can_count_is_refused_at_load(tokenizer)
     processor = transformers.LlavaProcessor(looks, tokenizer, patch_size=16)
     with pytest.raises(ValueError, match=r"LlavaProcessor does not say how many tokens an image takes; give it a line"):
         ChatAdapter(processor, 512, needs="image")
+
+
+def test_activation_checkpointing_changes_no_gradient_or_is_refused(tokenizer, family):
+    name, *_, adapter = family
+    model = models.attend_in_blocks(FAMILIES[name].make(tokenizer)[0].eval())
+    pairs = make_pairs(adapter, 2)
+    rollouts = [Rollout(pair, [5, 6, 7 + i], [0.0] * 3, "", False, i) for i, pair in enumerate(pairs)]
+    slopes = [slopes_of(model, adapter, rollouts)]
+    refused = {"gemma3n": "has layers that read the keys and values of earlier ones"}
+    refused["granite_speech"] = "does not support gradient checkpointing"  # transformers' own words
+    if name in refused:
+        with pytest.raises(ValueError, match=f"{type(model).__name__} {refused[name]}"):
+            models.checkpoint_activations(model)
+        return
+    models.checkpoint_activations(model)
+    slopes.append(slopes_of(model, adapter, rollouts))
+    assert slopes[0].keys() == slopes[1].keys()
+    scale = max(float(slope.norm()) for slope in slopes[0].values())
+    for part, slope in slopes[0].items():
+        torch.testing.assert_close(slopes[1][part], slope, atol=1e-5 * scale, rtol=1e-3)
+
+
+def slopes_of(model, adapter, rollouts) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    mask = token_batch(rollouts).mask
+    with models.remembering_little(model, True):
+        hidden = Responses(adapter, share=False).hidden(model, rollouts, "student", grad=True)
+        token_logp(model, hidden, rollouts, mask).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -189,7 +189,15 @@ def frozen_copy(model: PreTrainedModel, share: bool = True) -> PreTrainedModel:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let layers forget their activations and run again in the backward pass, where `remembering_little` holds."""
+    """Let layers forget their activations and run again in the backward pass, where `remembering_little` holds.
+
+    Raises ValueError for a model whose layers do not run alone.
+    """
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"{type(model).__name__} has layers that read the keys and values of earlier ones, which are gone when a "
+            "layer runs again; set engine.activation_checkpointing=false"
+        )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
     for layer in model.modules():
