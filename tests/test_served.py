@@ -173,6 +173,18 @@ def not_a_number(told):
     told["prompt_logprobs"][-1][str(told["prompt_token_ids"][-1])]["logprob"] = nan
 
 
+def not_a_number_either(told):
+    """Not the answer's own token, but a likelier one."""
+    others = [e for token, e in told["prompt_logprobs"][-1].items() if int(token) != told["prompt_token_ids"][-1]]
+    others[0]["logprob"] = nan
+
+
+def one_more(told):
+    """A token before the prompt that nobody sent."""
+    told["prompt_token_ids"].insert(0, 1)
+    told["prompt_logprobs"].insert(0, None)
+
+
 def minus_infinity(told):
     told["prompt_logprobs"][-1][str(told["prompt_token_ids"][-1])]["logprob"] = -9999.0
 
@@ -194,6 +206,8 @@ def another_form(told):
     [
         (forget, r"teacher 'expert' on the answer to '.*': the log-prob of token \d+ at place \d+ is none"),
         (not_a_number, "is nan"),
+        (not_a_number_either, "is nan"),
+        (one_more, "other token ids came back than were sent"),
         (minus_infinity, "is -9999.0"),
         (another_answer, "other token ids came back than were sent"),
         (shifted, "other token ids came back than were sent"),

@@ -18,6 +18,7 @@ from xmodal_opd.types import Adapter, Rollout, TeacherSignal
 
 Source = tuple[str, str]  # (teacher, view)
 Answers = Mapping[int, TeacherSignal | str]  # row of the step -> what the teacher said, or why it said nothing
+NEVER = -9999.0  # how vLLM writes −inf
 PROBED = 512  # tokens of the vocabulary that a server is asked to read
 
 
@@ -45,51 +46,53 @@ class ServedTeacher:
     async def ask(
         self, session: Session, rollout: Rollout, prompt: tuple[list[int], list[dict[str, str]]]
     ) -> TeacherSignal | str:
-        path, body = self.request(rollout, *prompt)
+        ids, media = [*prompt[0], *rollout.tokens], prompt[1]
         try:
-            reply = await session.post(path, body)
+            reply = await session.post(*self.request(ids, media))
         except Failure as failure:
             return str(failure)
-        return self.read(reply, rollout)
+        return self.read(reply, rollout, None if media else ids)
 
-    def request(self, rollout: Rollout, prompt: list[int], media: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
-        """Where to, and what: the prompt and the answer to be read, and one token generated that nobody looks at."""
-        ids = [*prompt, *rollout.tokens]
+    def request(self, ids: list[int], media: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
+        """Where to, and what: prompt and answer to be read, and one token generated that nobody looks at."""
         how = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self.top}
         body: dict[str, Any] = {"return_token_ids": True} | ({"model": self.model} if self.model else {})
         if media:
             return "/inference/v1/generate", body | {"token_ids": ids, "content_parts": media, "sampling_params": how}
         return "/v1/completions", body | {"prompt": ids} | how
 
-    def read(self, reply: Any, rollout: Rollout) -> TeacherSignal:
-        """The numbers of a reply in either form."""
+    def read(self, reply: Any, rollout: Rollout, whole: list[int] | None) -> TeacherSignal:
+        """The numbers of a reply in either form. It must be of all ids that were sent, or of the answer's where media
+        were set in before them (`whole` is None)."""
+        tokens = rollout.tokens
         try:
             part = reply if "prompt_logprobs" in reply else reply["choices"][0]
             sent, told = part["prompt_token_ids"], part["prompt_logprobs"]
-            n = len(rollout.tokens)
-            if sent[-n:] != rollout.tokens or len(told) != len(sent):
+            if (sent if whole else sent[-len(tokens) :]) != (whole or tokens) or len(told) != len(sent):
                 raise RuntimeError(f"{self.about(rollout)}: other token ids came back than were sent")
-            places = [{int(token): e["logprob"] for token, e in place.items()} for place in told[-n:]]
+            places = [{int(token): e["logprob"] for token, e in place.items()} for place in told[-len(tokens) :]]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RuntimeError(f"{self.about(rollout)}: the reply is not vLLM's ({error!r})") from None
-        own = [self.finite(places[i].get(token), token, i, rollout) for i, token in enumerate(rollout.tokens)]
+        if any(math.isnan(logp) for place in places for logp in place.values()):
+            raise RuntimeError(f"{self.about(rollout)}: a log-prob is nan")
+        own = [self.finite(places[i].get(token), token, i, rollout) for i, token in enumerate(tokens)]
         ids, logq = self.likeliest(places, rollout)
         return TeacherSignal(torch.tensor(own), ids, logq)
 
     def finite(self, logp: float | None, token: int, place: int, rollout: Rollout) -> float:
-        """A log-prob as it must be: -9999 is how vLLM writes −inf."""
-        if logp is None or not -9999 < logp < 1e-3:
+        """A log-prob as it must be."""
+        if logp is None or not NEVER < logp < 1e-3:
             found = "none" if logp is None else logp
             raise RuntimeError(f"{self.about(rollout)}: the log-prob of token {token} at place {place} is {found}")
         return float(logp)
 
     def likeliest(self, places: Sequence[Mapping[int, float]], rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, K] ids and log-probs, most likely first. Ids beyond the student's vocabulary, which padding of a larger
-        head makes possible, do not count: their column repeats the first id at −inf."""
+        """[T, K] ids and log-probs, most likely first. What has no probability does not count, nor do ids beyond the
+        student's vocabulary, which padding of a larger head makes possible: the column repeats the first id at −inf."""
         ids, logq = [], []
         for place in places:
             best = sorted(place, key=lambda t: -place[t])[: self.top]  # the answer's own token may come on top of these
-            known = [t for t in best if t < len(self.tokenizer)]
+            known = [t for t in best if t < len(self.tokenizer) and place[t] > NEVER]
             if self.top and not known:
                 raise RuntimeError(f"{self.about(rollout)}: none of its likeliest tokens is one of the student's")
             ids.append(known + known[:1] * (self.top - len(known)))
