@@ -17,6 +17,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"checkpoint", "rollout", "scoring"},
     {"evaluate", "selftest"},
     {"build"},
+    {"teachers"},
     {"step", "dry"},
     {"train"},
     {"inspect"},

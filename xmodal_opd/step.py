@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,21 +20,18 @@ from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.ahead import Ahead
 from xmodal_opd.scoring.forward import (
-    Side,
     divergence,
     divergence_from,
     divergence_of_both,
-    spread,
     statistics,
     token_logp,
 )
 from xmodal_opd.scoring.judge import judge
 from xmodal_opd.scoring.mismatch import corrected, mismatch, trainer_logp
-from xmodal_opd.scoring.served import Answers, Source, ask_teachers
+from xmodal_opd.scoring.served import Source, ask_teachers
+from xmodal_opd.teachers import Told, heard, served_scores, wanted
 from xmodal_opd.tokens import cut, token_batch
-from xmodal_opd.types import Judged, Pair, Rollout, Scores, TeacherSignal, TokenBatch
-
-Told = Mapping[Source, Answers]  # what served teachers say of this rank's rows
+from xmodal_opd.types import Judged, Pair, Rollout, Scores, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,11 @@ class Step:
         return int(self.everyone.mask[self.rows(sampling)].sum())
 
 
-def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told) -> Step:
+def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told | None = None) -> Step:
     """The step of all ranks, from this rank's part of it."""
     everyone, mine = dist.gather_step(batch)
     samplings = [name for some in dist.gather(sampling) for name in some]
-    return Step(rollouts, sampling, batch, everyone, samplings, mine, told)
+    return Step(rollouts, sampling, batch, everyone, samplings, mine, told or {})
 
 
 def train_step(
@@ -198,57 +195,6 @@ def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dic
             for kind, value in values.items():
                 out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[piece] = value.float().cpu()
     return out
-
-
-def wanted(parts: Parts, sampling: Sequence[str]) -> dict[Source, list[int]]:
-    """The rows that every served teacher is asked about, under each view: all for a scorer, a term's own for a term."""
-    rows: dict[Source, set[int]] = {}
-    for scorer in parts.recipe.scoring.values():
-        rows.setdefault((scorer.model, scorer.view), set()).update(range(len(sampling)))
-    for term in parts.recipe.objective.values():
-        mine = {r for r, name in enumerate(sampling) if name == term.sampling and term.divergence}
-        rows.setdefault((term.teacher.model, term.teacher.view), set()).update(mine)
-    return {source: sorted(some) for source, some in rows.items() if source[0] in parts.served and some}
-
-
-def try_teachers(parts: Parts, rollouts: Sequence[Rollout]) -> None:
-    """Before anything is measured: every served teacher answers on a few answers, under each view. Raises what it
-    would in a step."""
-    sources = {source for name in parts.samplings for source in wanted(parts, [name])}
-    ask_teachers(parts.served, dict.fromkeys(sources, range(len(rollouts))), rollouts)
-
-
-def served_scores(parts: Parts, told: Told, mask: Tensor) -> dict[str, Tensor]:
-    """NAME_logp [B, T] of every scorer that is a served teacher; NaN where it said nothing."""
-    served = {name: scorer for name, scorer in parts.recipe.scoring.items() if scorer.model in parts.served}
-    out = {f"{name}_logp": torch.zeros(mask.shape) for name in served}
-    for name, scorer in served.items():
-        for row, said in told.get((scorer.model, scorer.view), {}).items():
-            silent = isinstance(said, str)
-            out[f"{name}_logp"][row, mask[row]] = torch.tensor(float("nan")) if silent else said.logp
-    return out
-
-
-def heard(
-    rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told
-) -> tuple[list[Rollout], list[str], TokenBatch, Told]:
-    """The same without the answers that a teacher said nothing of: they are left out of every term.
-
-    Raises RuntimeError when none is left.
-    """
-    lost = {row: said for answers in told.values() for row, said in answers.items() if isinstance(said, str)}
-    if not lost:
-        return rollouts, sampling, batch, told
-    keep, reason = [row for row in range(len(rollouts)) if row not in lost], next(iter(lost.values()))
-    if not keep:
-        raise RuntimeError(f"teachers said nothing of any answer of the step ({reason}); the last checkpoint is good")
-    print(f"{len(lost)} of {len(rollouts)} answers are left out: a teacher said nothing of them ({reason})", flush=True)
-    place = {row: i for i, row in enumerate(keep)}
-    told = {
-        source: {place[row]: said for row, said in answers.items() if row in place} for source, answers in told.items()
-    }
-    batch = take(batch, torch.tensor(keep, device=batch.mask.device))
-    return [rollouts[r] for r in keep], [sampling[r] for r in keep], batch, told
 
 
 def describe(
@@ -387,7 +333,7 @@ def values(
     if teacher in step.told:
         said = [signal for row in rows if not isinstance(signal := step.told[teacher][row], str)]  # all: see `heard`
         own = parts.student, of(student)
-        return from_served(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
+        return divergence_from(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
     sides = (parts.student, of(student)), (parts.models[teacher[0]], of(teacher))
     stop = parts.recipe.objective[name].teacher.stop_gradient
     if not term.sampled:
@@ -395,19 +341,3 @@ def values(
     with torch.set_grad_enabled(not stop):
         logq = token_logp(*sides[1], rollouts, mask)
     return term.divergence(token_logp(*sides[0], rollouts, mask), logq)
-
-
-def from_served(
-    fn: Callable[..., Tensor],
-    sampled: bool,
-    student: Side,
-    said: Sequence[TeacherSignal],
-    rollouts: Sequence[Rollout],
-    mask: Tensor,
-    size: int | None,
-) -> Tensor:
-    """The divergence where the teacher is behind servers."""
-    if not sampled:
-        return divergence_from(fn, student, said, mask, size)
-    logq = spread(torch.cat([s.logp for s in said]).to(mask.device), mask)
-    return fn(token_logp(*student, rollouts, mask), logq)

@@ -18,7 +18,8 @@ from xmodal_opd.data import dealt
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
 from xmodal_opd.selftest import sharing
-from xmodal_opd.step import train_step, try_teachers
+from xmodal_opd.step import train_step
+from xmodal_opd.teachers import try_teachers
 from xmodal_opd.types import Pair, Sampling
 
 PROBE = 4  # questions

@@ -1,6 +1,6 @@
 """What local models think of sampled answers: hidden states under a view, and the numbers read off them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,11 +99,22 @@ def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size:
 
 
 def divergence_from(
-    fn: Divergence, student: Side, signals: Sequence[TeacherSignal], mask: Tensor, size: int | None
+    fn: Callable[..., Tensor],
+    sampled: bool,
+    student: Side,
+    signals: Sequence[TeacherSignal],
+    rollouts: Sequence[Rollout],
+    mask: Tensor,
+    size: int | None,
 ) -> Tensor:
-    """The same where the teacher's likeliest tokens are all that is known of it; one signal to an answer."""
+    """The same from what a teacher elsewhere told, one signal to an answer: fn(log p, log q) of the `sampled` tokens,
+    or of its likeliest ones."""
     model, hidden = student
-    ids, logq = (torch.cat([getattr(s, part) for s in signals]).to(hidden.device) for part in ("ids", "logq"))
+    logp, ids, logq = (
+        torch.cat([getattr(s, part) for s in signals]).to(mask.device) for part in ("logp", "ids", "logq")
+    )
+    if sampled:
+        return fn(token_logp(model, hidden, rollouts, mask), spread(logp, mask))
     per_token = vocab.topk_divergence(fn, flat(hidden, mask), head(model), ids, logq, vocab=size, cap=softcap(model))
     return spread(per_token, mask)
 
