@@ -47,7 +47,11 @@ class ChatAdapter:
                 found[part["type"]].append(self.medium(key, part, media))
         if self.family.clips is not None and len(found["audio"]) > self.family.clips:
             raise SampleError(f"sample {key!r} has {len(found['audio'])} clips in one view; {self.who()} reads one")
-        return self.checked(self.laid_out(key, messages, found["audio"], found["image"]))
+        try:
+            view = self.laid_out(key, messages, found["audio"], found["image"])
+        except Exception as error:  # a template is a program that came with the model: it may raise anything
+            raise SampleError(f"sample {key!r} cannot be laid out by {self.who()}: {error}") from error
+        return self.checked(view)
 
     def laid_out(self, key: str, messages: list[dict], audio: Sequence[Any] = (), images: Sequence[Any] = ()) -> Inputs:
         """A view of media that are decoded already; nothing is checked."""
@@ -100,7 +104,9 @@ class ChatAdapter:
         return " and ".join(self.reads)
 
     def text(self, prompt: str) -> Inputs:
-        """The view of a plain question in text."""
+        """The view of a plain question in text. What a judge quotes may spell a placeholder: it is left out."""
+        for token in self.placeholders:
+            prompt = prompt.replace(token, "")
         return self.view(prompt[:40], [{"role": "user", "content": [{"type": "text", "text": prompt}]}], {})
 
     def batch(self, views: Sequence[Inputs]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pairs, picture
-from families import omni
+from families import FAMILIES, omni
 
 from modalities.audio.media import encode
 from modalities.chat import ChatAdapter
@@ -60,6 +60,22 @@ def test_media_in_the_words_of_a_question_are_refused(family):
     for token in adapter.placeholders:
         with pytest.raises(SampleError, match=r"'k7' has '.*' in its text, which .* would take for a medium"):
             adapter.pair(sample({}, {"type": "text", "text": f"What is {token}?"}))
+
+
+def test_a_question_of_a_judge_may_quote_a_placeholder(family):
+    *_, adapter = family
+    quoted = adapter.text("Is it right? " + "".join(adapter.placeholders))
+    assert quoted["prompt"] == adapter.text("Is it right? ")["prompt"]
+    assert adapter.batch([quoted])["input_ids"].shape[1] > 5
+
+
+@pytest.mark.parametrize("name", ["omni", "granite_speech", "qwen2"])
+def test_what_a_template_refuses_is_a_broken_sample(tokenizer, name, monkeypatch):
+    processor = FAMILIES[name].make(tokenizer)[1]
+    for part in (processor, getattr(processor, "tokenizer", processor)):
+        monkeypatch.setattr(part, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(SampleError, match=r"'k7' cannot be laid out by .*: roles must alternate"):
+        ChatAdapter(processor, 512).pair(sample({}, {"type": "text", "text": "one"}))
 
 
 def test_a_kind_of_part_nobody_reads_is_refused_by_name(family):

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -354,3 +355,23 @@ def slopes_of(model, adapter, rollouts) -> dict[str, torch.Tensor]:
         hidden = Responses(adapter, share=False).hidden(model, rollouts, "student", grad=True)
         token_logp(model, hidden, rollouts, mask).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("qwen3_omni", 13), ("voxtral", 31)])
+def test_clips_longer_than_the_extractors_window_are_read_to_their_end(family, name, seconds):
+    if family[0] != name:
+        pytest.skip("another family")
+    _, model, processor, _ = family
+    adapter = ChatAdapter(processor, 1024)
+    noise = np.random.default_rng(0).normal(0, 0.1, seconds * 16000).astype(np.float32)
+    media = {"long.flac": sound.encode(noise, 16000)}
+    view = adapter.view("k", [{"role": "user", "content": [{"type": "audio", "audio": "long.flac"}]}], media)
+    short = make_pairs(adapter, 1)[0].views["student"]
+    batch = adapter.batch([view, short])
+    assert media_tokens_in(model, batch["input_ids"][:1]) > 10 * seconds
+    (wave,) = view["audio"]
+    waves = wave, np.where(np.arange(len(wave)) < len(wave) - 8000, wave, 0)  # the last half second is gone
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logits).all()
+        ends = [model(**adapter.batch([{**view, "audio": [wave]}])).logits[0, -1] for wave in waves]
+    assert not torch.allclose(*ends, atol=1e-6)
