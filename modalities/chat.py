@@ -25,7 +25,10 @@ class ChatAdapter:
         has = {"audio": self.extractor is not None, "image": hasattr(processor, "image_processor")}
         self.reads = ["text", *(kind for kind, here in has.items() if here)]
         if needs not in self.reads:
-            raise ValueError(f"the recipe's questions need {needs}, but {self.who()} reads {self.all_it_reads()} only")
+            raise ValueError(
+                f"the recipe's modality needs {needs}, but {self.who()} reads {self.all_it_reads()} only; take a model "
+                "that reads it, or the modality it reads"
+            )
         if needs == "image":
             self.family.image_tokens(processor, 64, 64)  # here rather than at the first image
         tokens = (getattr(processor, f"{kind}_token", None) for kind in ("audio", "image", "video"))

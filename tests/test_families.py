@@ -18,7 +18,7 @@ from modalities.shards import write_shards
 from modalities.tasks import questions
 from modalities.vision import media as sight
 from xmodal_opd import config, models, step
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import ADAPTERS, build, open_shards
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
@@ -312,13 +312,15 @@ def test_a_checkpoint_with_an_adapter_for_audio_alone_is_refused(tokenizer, tmp_
         models.load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "modality", "needs"), [("qwen2", "audio", "audio"), ("smolvlm", "audio", "audio")])
-def test_a_model_that_cannot_read_the_questions_is_refused_at_load(family, saved, shards, name, modality, needs):
-    if family[0] != name:
-        pytest.skip("another family")
-    who = type(family[2]).__name__
-    with pytest.raises(ValueError, match=rf"the recipe's questions need {needs}, but {who} reads text.* only"):
-        parts_of(saved, shards, family[3], f"modality={modality}")
+@pytest.mark.parametrize(
+    ("name", "modality", "needs"),
+    [("qwen2", "audio", "audio"), ("smolvlm", "audio", "audio"), ("granite_speech", "vision", "image")],
+)
+def test_a_model_that_cannot_read_the_questions_is_refused_at_load(tokenizer, name, modality, needs):
+    processor = FAMILIES[name].make(tokenizer)[1]
+    message = rf"the recipe's modality needs {needs}, but {type(processor).__name__} reads text.* only; take a model"
+    with pytest.raises(ValueError, match=message):
+        ADAPTERS[modality](processor, 512)
 
 
 def test_a_processor_whose_images_nobody_can_count_is_refused_at_load(tokenizer):
@@ -358,11 +360,9 @@ def slopes_of(model, adapter, rollouts) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("qwen3_omni", 13), ("voxtral", 31)])
-def test_clips_longer_than_the_extractors_window_are_read_to_their_end(family, name, seconds):
-    if family[0] != name:
-        pytest.skip("another family")
-    _, model, processor, _ = family
-    adapter = ChatAdapter(processor, 1024)
+def test_clips_longer_than_the_extractors_window_are_read_to_their_end(tokenizer, name, seconds):
+    model, processor = FAMILIES[name].make(tokenizer)
+    model, adapter = models.attend_in_blocks(model.eval()), ChatAdapter(processor, 1024)
     noise = np.random.default_rng(0).normal(0, 0.1, seconds * 16000).astype(np.float32)
     media = {"long.flac": sound.encode(noise, 16000)}
     view = adapter.view("k", [{"role": "user", "content": [{"type": "audio", "audio": "long.flac"}]}], media)

@@ -14,7 +14,7 @@ from xmodal_opd import models
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence, divergence_of_both, token_logp
-from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing
+from xmodal_opd.selftest import CannotShare, check_sampler, check_sharing, sharing
 from xmodal_opd.tokens import token_batch
 from xmodal_opd.types import Sampling
 
@@ -93,6 +93,8 @@ def test_a_cache_that_loses_the_gradient_is_noticed(family, rollouts, monkeypatc
     monkeypatch.setattr(DynamicCache, "batch_select_indices", cut_off)
     with pytest.raises(CannotShare, match="of the gradient"):
         check_sharing(model, Responses(adapter), rollouts)
+    responses, why = sharing(model, Responses(adapter), rollouts)
+    assert not responses.share and "of the gradient" in why
 
 
 def test_only_named_parts_train_and_copies_share_the_rest(tokenizer):
