@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,16 @@ class Teacher:
         return {"prompt_token_ids": ids, "prompt_logprobs": places}
 
 
+class Quiet(ThreadingHTTPServer):
+    """Says nothing of those who hang up: they found an error in another reply."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(teacher: Teacher) -> Iterator[Teacher]:
     """The teacher on a free port of this machine."""
@@ -94,19 +105,15 @@ def serving(teacher: Teacher) -> Iterator[Teacher]:
 
         def send(self, status: int, body: Any) -> None:
             data = json.dumps(body).encode()
-            try:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-            except (BrokenPipeError, ConnectionResetError):  # whoever asked found an error in another reply
-                self.close_connection = True
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Quiet(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     teacher.url = f"http://127.0.0.1:{server.server_address[1]}"

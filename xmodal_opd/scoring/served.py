@@ -19,7 +19,7 @@ from xmodal_opd.types import Adapter, Rollout, TeacherSignal
 Source = tuple[str, str]  # (teacher, view)
 Answers = Mapping[int, TeacherSignal | str]  # row of the step -> what the teacher said, or why it said nothing
 NEVER = -9999.0  # how vLLM writes −inf
-PROBED = 512  # tokens of the vocabulary that a server is asked to read
+PROBED = 128  # tokens of the vocabulary that a server is asked to read
 
 
 @dataclass(frozen=True)
