@@ -150,6 +150,7 @@ def build_sampler(
         with engine.whole():
             if dist.rank() == 0:
                 checkpoint.export(student, processor, folder)
+                checkpoint.as_served(folder)
 
     sampler = VLLMSampler(
         Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait),

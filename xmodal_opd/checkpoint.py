@@ -21,6 +21,11 @@ from transformers import PreTrainedModel
 from xmodal_opd import dist, lora
 from xmodal_opd.types import Engine
 
+WHOLE = {  # the class and kind of the whole model, by the class of the part that writes text
+    "Qwen2_5OmniThinkerForConditionalGeneration": ("Qwen2_5OmniModel", "qwen2_5_omni"),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": ("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe"),
+}
+
 
 def save(
     run: Path,
@@ -114,6 +119,25 @@ def export(
     """
     model.save_pretrained(folder, state_dict=lora.merged_state(model, state))
     processor.save_pretrained(folder)
+
+
+def as_served(folder: Path) -> None:
+    """Turn the exported model in `folder` into what vLLM serves: a thinker into the checkpoint of the whole model it is
+    a part of. Other models stay as they are."""
+    config = json.loads((folder / "config.json").read_text())
+    whole = WHOLE.get(config["architectures"][0])
+    if whole is None:
+        return
+    outside = {"architectures": [whole[0]], "model_type": whole[1], "enable_audio_output": False}
+    (folder / "config.json").write_text(json.dumps({**outside, "dtype": config["dtype"], "thinker_config": config}))
+    for file in folder.glob("*.safetensors"):
+        aside = file.with_suffix(".renamed")
+        save_file({f"thinker.{name}": tensor for name, tensor in load_file(file).items()}, aside, {"format": "pt"})
+        aside.replace(file)
+    for index in folder.glob("*.safetensors.index.json"):
+        told = json.loads(index.read_text())
+        told["weight_map"] = {f"thinker.{name}": file for name, file in told["weight_map"].items()}
+        index.write_text(json.dumps(told))
 
 
 def trained(copy: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
