@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a program, not from its package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.install_vllm import default_folder, install
 from xmodal_opd.checkpoint import WHOLE, as_served
-from xmodal_opd.models import folder_of
+from xmodal_opd.models import folder_of, is_tied
 
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; without it vLLM takes half of the memory
 
@@ -60,10 +60,13 @@ def main() -> int:
 
 
 def servable(model: str, folder: Path) -> str:
-    """`model` for vLLM's command line: where it is a thinker, a copy in `folder` in the form that vLLM reads."""
+    """`model` for vLLM's command line: a copy of it in `folder` where its form must change, see `as_served`."""
     path = Path(folder_of(model))
-    if not path.is_dir() or json.loads((path / "config.json").read_text())["architectures"][0] not in WHOLE:
-        return str(path) if path.is_dir() else model
+    if not path.is_dir():
+        return model
+    config = json.loads((path / "config.json").read_text())
+    if not (is_tied(config) or config["architectures"][0] in WHOLE):
+        return str(path)
     shutil.copytree(path, folder)
     as_served(folder)
     return str(folder)

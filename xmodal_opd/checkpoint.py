@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xmodal_opd import dist, lora
+from xmodal_opd.models import is_tied
 from xmodal_opd.types import Engine
 
 WHOLE = {  # the class and kind of the whole model, by the class of the part that writes text
@@ -122,22 +123,32 @@ def export(
 
 
 def as_served(folder: Path) -> None:
-    """Turn the exported model in `folder` into what vLLM serves: a thinker into the checkpoint of the whole model it is
-    a part of. Other models stay as they are."""
+    """Turn the exported model in `folder` into what vLLM serves and reloads: a thinker into the checkpoint of the whole
+    model it is a part of, and a head tied to the embeddings into one of its own, which vLLM on CPU otherwise leaves as
+    it was when weights are reloaded. Other models stay as they are."""
     config = json.loads((folder / "config.json").read_text())
-    whole = WHOLE.get(config["architectures"][0])
-    if whole is None:
+    whole, tied = WHOLE.get(config["architectures"][0]), is_tied(config)
+    if not (whole or tied):
         return
-    outside = {"architectures": [whole[0]], "model_type": whole[1], "enable_audio_output": False}
-    (folder / "config.json").write_text(json.dumps({**outside, "dtype": config["dtype"], "thinker_config": config}))
-    for file in folder.glob("*.safetensors"):
-        aside = file.with_suffix(".renamed")
-        save_file({f"thinker.{name}": tensor for name, tensor in load_file(file).items()}, aside, {"format": "pt"})
-        aside.replace(file)
+    for part in (config, config.get("text_config", {})):
+        part["tie_word_embeddings"] = False
+    before = "thinker." if whole else ""
+    places: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        embeddings = [tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+        if tied and embeddings:
+            tensors["lm_head.weight"] = embeddings[0].clone()
+        tensors = {f"{before}{name}": tensor for name, tensor in tensors.items()}
+        save_file(tensors, file.with_suffix(".renamed"), {"format": "pt"})
+        file.with_suffix(".renamed").replace(file)
+        places |= dict.fromkeys(tensors, file.name)
     for index in folder.glob("*.safetensors.index.json"):
-        told = json.loads(index.read_text())
-        told["weight_map"] = {f"thinker.{name}": file for name, file in told["weight_map"].items()}
-        index.write_text(json.dumps(told))
+        index.write_text(json.dumps({**json.loads(index.read_text()), "weight_map": places}))
+    if whole:
+        outside = {"architectures": [whole[0]], "model_type": whole[1], "enable_audio_output": False}
+        config = {**outside, "dtype": config["dtype"], "tie_word_embeddings": False, "thinker_config": config}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def trained(copy: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:

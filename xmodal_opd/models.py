@@ -137,6 +137,11 @@ def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:
         ) from error
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config.json has no output projection of its own."""
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
 def load_processor(name: str, trust_remote_code: bool = False) -> Any:
     """The model's own processor (or tokenizer, for a model of text alone)."""
     return transformers.AutoProcessor.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from xmodal_opd import dist
+from xmodal_opd.models import is_tied, load_config
 from xmodal_opd.serving import PROBE, Failure, Server, Servers, Session, gather
 from xmodal_opd.types import Adapter, Pair, Rollout, Sampling
 
@@ -105,11 +106,21 @@ class VLLMSampler:
         await session.call(server, "/update_weight_version", {"new_version": self.version})
 
     async def inspect(self, session: Session, server: Server) -> None:
-        """Raises ValueError when its log-probs would not be those of the policy at temperature 1."""
-        info = (await session.get(server, "/server_info?config_format=json")).json()
-        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+        """Raises ValueError when its log-probs would not be those of the policy at temperature 1, or, where it can be
+        seen, when its head would not follow the weights."""
+        info = (await session.get(server, "/server_info?config_format=json")).json()["vllm_config"]
+        mode, folder = info["model_config"]["logprobs_mode"], Path(info["model_config"]["model"])
         if mode != "raw_logprobs":
             raise ValueError(f"{server.url} reports {mode}; start it with --logprobs-mode raw_logprobs")
+        if (
+            "cpu" in str(info["device_config"])
+            and (folder / "config.json").is_file()
+            and is_tied(load_config(str(folder)))
+        ):
+            raise ValueError(
+                f"{server.url} serves {folder}, whose head is tied to its embeddings: vLLM on CPU would keep the old "
+                "head when weights change; start it by tools/serve_vllm.py, which gives the head weights of its own"
+            )
 
     # ---- answers
 
