@@ -7,6 +7,7 @@ import torch
 from conftest import make_pairs
 from families import FAMILIES
 
+from modalities.chat import ChatAdapter
 from xmodal_opd import config, encoders, models, step
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.encoders import encoded_once
@@ -54,7 +55,7 @@ def test_a_teacher_that_hears_or_sees_the_same_adds_no_run_and_changes_nothing(f
     sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 5)
     rollouts = sampler.generate(pairs, {"a": Sampling(2)}, seed=1)["a"]
     count, found = runs(model.get_submodule(FAMILIES[name].encoder)), {}
-    for how, within in (("again", nullcontext()), ("once", encoded_once([model]))):
+    for how, within in (("again", nullcontext()), ("once", encoded_once([model], adapter))):
         model.zero_grad()
         count["n"] = 0
         with within:
@@ -87,7 +88,7 @@ def test_a_step_encodes_once_and_its_loss_and_gradient_are_the_same_to_the_bit(
 ):
     recipe = config.load(world["recipe"], ["objective.tokens.teacher.view=hinted", *overrides])
     found = {}
-    for how, within in (("again", lambda _: nullcontext()), ("once", encoded_once)):
+    for how, within in (("again", lambda *_: nullcontext()), ("once", encoded_once)):
         monkeypatch.setattr(step, "encoded_once", within)
         torch.manual_seed(0)
         parts = build(recipe)
@@ -106,13 +107,39 @@ def test_a_step_encodes_once_and_its_loss_and_gradient_are_the_same_to_the_bit(
     assert all(torch.equal(slope, found["once"][2][name]) for name, slope in found["again"][2].items())
 
 
+class Batches(ChatAdapter):
+    """An adapter that counts the batches it makes, of ids alone."""
+
+    def __init__(self):
+        self.made = 0
+
+    def batch(self, views):
+        self.made += 1
+        return {"input_ids": torch.tensor([view["ids"] for view in views])}
+
+
+def test_a_batch_of_the_very_same_views_is_made_once_and_given_in_copies():
+    adapter, views = Batches(), [{"ids": [1, 2]}, {"ids": [3, 4]}]
+    with encoded_once([], adapter):
+        first = adapter.batch(views)
+        first["input_ids"].zero_()
+        assert adapter.batch(list(views))["input_ids"].tolist() == [[1, 2], [3, 4]] and adapter.made == 1
+        adapter.batch(views[::-1])
+        adapter.batch([dict(view) for view in views])
+        for number in range(50):  # views that come and go do not pass for one another
+            assert adapter.batch([{"ids": [number]}])["input_ids"].tolist() == [[number]]
+        assert adapter.made == 53
+    adapter.batch(views)
+    assert adapter.made == 54 and "batch" not in vars(adapter)
+
+
 def test_other_media_other_weights_and_too_many_bytes_are_encoded_anew(monkeypatch):
     encoder = torch.nn.Linear(4, 4).requires_grad_(False)
     model = torch.nn.ModuleDict({"audio_tower": encoder})
     count = []
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (count.append(1), x @ self.weight)[1])
     one, two = torch.ones(2, 4), torch.zeros(2, 4)
-    with encoded_once([model]):
+    with encoded_once([model], Batches()):
         assert torch.equal(encoder(one), encoder(one.clone())) and len(count) == 1
         encoder(two)
         assert len(count) == 2

@@ -185,7 +185,7 @@ def test_sound_sight_and_words_go_into_one_view(family):
     views = [everything(adapter, i, i) for i in range(2)]
     pairs = [Pair(str(i), {"student": some}) for i, some in enumerate(views)]
     sampler = HFSampler(model, adapter, [model.generation_config.eos_token_id], 5)
-    with encoded_once([model]):
+    with encoded_once([model], adapter):
         rollouts = sampler.generate(pairs, {"a": Sampling(2)}, seed=0)["a"]
         assert check_sampler(model, Responses(adapter), rollouts) < 1e-3
         assert check_sharing(model, Responses(adapter), rollouts) < 1e-4
@@ -196,9 +196,10 @@ def test_sound_sight_and_words_go_into_one_view(family):
 
 def test_what_an_encoder_gave_is_remembered_as_it_was(tokenizer):
     model, processor = FAMILIES["gemma3n"].make(tokenizer)
-    inputs = ChatAdapter(processor, 512).family.call(processor, ["<image_soft_token>"], [[]], [[picture(0)]])
+    adapter = ChatAdapter(processor, 512)
+    inputs = adapter.family.call(processor, ["<image_soft_token>"], [[]], [[picture(0)]])
     tower = model.eval().model.vision_tower
-    with torch.no_grad(), encoded_once([model]):
+    with torch.no_grad(), encoded_once([model], adapter):
         given = [
             tower(pixel_values=inputs["pixel_values"], do_pooling=False).last_hidden_state.mul_(8) + 0 for _ in "abc"
         ]

@@ -1,11 +1,12 @@
-"""Media encoders that run once: within a step, the same encoder on the same media gives what it gave before.
+"""Media that are encoded once: within a step, the same encoder on the same media gives what it gave before.
 
 So a teacher whose view has the student's audio or images does not encode them again, nor does a frozen encoder that
-sampled and now scores or trains. The forward that trains an encoder always runs, and only values are remembered.
+sampled and now scores or trains. The forward that trains an encoder always runs, and only values are remembered. What
+the processor makes of the same prompts, features of media among it, is remembered in the same way.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,24 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from xmodal_opd.models import encoders
+from xmodal_opd.types import Adapter, Inputs
 
-KEPT = 2**29  # bytes of media and encodings remembered at a time; the oldest go first
+KEPT = 2**29  # bytes of features and encodings remembered at a time; the oldest go first
 
 
 @dataclass
 class Memory:
-    """What encoders were given and gave: (weights and precision, inputs, outputs, bytes)."""
+    """What was run on what, and gave: (encoder's weights and precision, inputs, outputs, bytes)."""
 
     seen: list[tuple[Any, Any, Any, int]] = field(default_factory=list)
+    views: list[Any] = field(default_factory=list)  # held: an id is theirs while they live
 
     def encode(self, encoder: nn.Module, forward: Callable, *args: Any, **options: Any) -> Any:
         """The encoder's outputs, remembered or run; with gradient where it trains."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
-        state, inputs = state_of(encoder), values((args, options))
+        return self.once(state_of(encoder), values((args, options)), partial(forward, *args, **options), trains)
+
+    def batch(self, run: Callable, views: Sequence[Inputs]) -> dict[str, Tensor]:
+        """The model's inputs for the very same views in the same order, remembered or made."""
+        self.views += views
+        return self.once("batch", [id(view) for view in views], partial(run, views))
+
+    def once(self, state: Any, inputs: Any, run: Callable[[], Any], again: bool = False) -> Any:
         known = next((out for s, given, out, _ in self.seen if s == state and same(given, inputs)), None)
-        if known is not None and not trains:
+        if known is not None and not again:
             return values(known, fresh)
-        out = forward(*args, **options)
+        out = run()
         if known is None:
             self.remember(state, inputs, values(out, fresh))
         return out
@@ -43,23 +53,35 @@ class Memory:
 
 
 @contextmanager
-def encoded_once(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, the encoders of `models` share what they encode. Values and gradients are the same to the bit.
+def encoded_once(models: Iterable[nn.Module], adapter: Adapter) -> Iterator[None]:
+    """Within, the encoders of `models` share what they encode, and `adapter` makes a batch of the same views once.
+    Values and gradients are the same to the bit.
 
     Not where ranks hold the weights in parts (ZeRO-3): there a forward is a call that all of them must make.
     """
-    memory = Memory()
-    mine = [e for model in models for e in encoders(model) if not any(hasattr(p, "ds_id") for p in e.parameters())]
-    before = [(encoder, vars(encoder).get("forward")) for encoder in mine]
-    for encoder in mine:
-        encoder.forward = partial(memory.encode, encoder, encoder.forward)
+    memory, whole = Memory(), [e for model in models for e in encoders(model) if not in_parts(e)]
+    with ExitStack() as stack:
+        stack.enter_context(instead(adapter, "batch", partial(memory.batch, adapter.batch)))
+        for encoder in whole:
+            stack.enter_context(instead(encoder, "forward", partial(memory.encode, encoder, encoder.forward)))
+        yield
+
+
+def in_parts(encoder: nn.Module) -> bool:
+    return any(hasattr(p, "ds_id") for p in encoder.parameters())
+
+
+@contextmanager
+def instead(owner: Any, name: str, function: Callable) -> Iterator[None]:
+    """Within, `owner` alone has another method of that name."""
+    before = vars(owner).get(name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        for encoder, forward in before:
-            del encoder.forward
-            if forward is not None:
-                encoder.forward = forward
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
 
 
 def state_of(encoder: nn.Module) -> tuple[Any, ...]:

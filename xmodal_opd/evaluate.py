@@ -46,7 +46,7 @@ def evaluate(
 def evaluate_some(
     pairs: Sequence[Pair], model: PreTrainedModel, sampler: Sampler, responses: Responses, right: Right, kl: bool
 ) -> Iterator[dict[str, Any]]:
-    with encoded_once([model]):
+    with encoded_once([model], responses.adapter):
         answers = sampler.generate(pairs, VIEWS, seed=0)
         gaps = view_kl(model, responses, answers["student"]) if kl else [None] * len(pairs)
     for pair, student, text, gap in zip(pairs, answers["student"], answers["text"], gaps, strict=True):

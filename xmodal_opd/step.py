@@ -69,7 +69,7 @@ def train_step(
 
     following: the next step's pairs, for a sampler that is asked for them in advance.
     """
-    with encoded_once(parts.models.values()):
+    with encoded_once(parts.models.values(), parts.adapter):
         step, metrics = sample(parts, pairs, number, following)
         metrics |= backward(parts, step, number)
     metrics = over_ranks(dist.gather(metrics))
