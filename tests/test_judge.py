@@ -134,6 +134,14 @@ def test_only_an_answer_of_the_kind_looked_for_is_guessed():
     assert same_answer("There are 4 and 5, so nine", "9")
 
 
+def test_a_word_looked_for_may_be_what_a_sentence_says():
+    assert same_answer("The capital of India is New Delhi.", "New Delhi")
+    assert same_answer("The chemical symbol for potassium is K.", "K")
+    assert not same_answer("The capital of France is Paris.", "France")
+    assert not same_answer("It is Paris. It is big.", "Paris") and not same_answer("It is Paris, not Rome.", "Rome")
+    assert same_answer("The sky is blue.", "The sky is blue") and not same_answer("Blue is blue.", "The sky is blue")
+
+
 def test_an_article_is_not_an_option():
     assert option("A dog") is None and option("I think so") is None and option("a") == ("A", "")
 

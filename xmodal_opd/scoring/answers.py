@@ -59,6 +59,7 @@ _OPTION = re.compile(
 )
 _MENTION = re.compile(r"\b(?:(?:[Oo]ption|[Cc]hoice)\s+[(\[]?|(?<=[(\[]))(?P<letter>[A-J])\b")
 _CAPITAL = re.compile(r"\b(?P<letter>[B-HJ])\b")  # A and I are words
+_STATED = re.compile(r"[^.!?\n]*\b(?:is|are)\s+([^.!?\n]{1,60})[.!]?$", re.IGNORECASE)  # one sentence
 _LATEX = re.compile(r"[\\^_{}]|[\w)]\s*[-+*/=<>]\s*[\w(]|\d[a-z]|[(\[].*,.*[)\]]", re.IGNORECASE)
 
 
@@ -74,8 +75,9 @@ def extract(text: str, like: str | None = None) -> str | None:
     """The final answer a response gives, or None when it is empty.
 
     In this order: what a marker announces (`\\boxed{}`, "answer: X", "the answer is X", "#### X"); an option letter
-    A-J; the last number, in digits or words; the whole text. `like` is the answer looked for: without a marker only an
-    answer of its kind is guessed, so a year in a sentence is not taken for a place.
+    A-J; the last number, in digits or words; what a single sentence says something is, where a word is looked for; the
+    whole text. `like` is the answer looked for: without a marker only an answer of its kind is guessed, so a year in a
+    sentence is not taken for a place.
     """
     text = plain(text)
     return announced(text) or _guess(text, like) or None
@@ -210,7 +212,13 @@ def _guess(text: str, like: str | None) -> str:
     last = [(m.end(), m["letter"]) for m in found[-1:] if letters]
     if like is None or _quantity(like):
         last += [(n.end, text[n.start : n.end]) for n in [*numbers(text)][-1:]]
-    return max(last, default=(0, text))[1]
+    return max(last)[1] if last else _stated(text, like)
+
+
+def _stated(text: str, like: str | None) -> str:
+    """What a single sentence says something is, where a word is looked for: the capital of France is "Paris"."""
+    found = _STATED.match(text) if like and not _STATED.match(like) else None
+    return found[1] if found else text
 
 
 def _same_number(a: str, b: str) -> bool:
