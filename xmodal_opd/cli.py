@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="xmodal-opd", description="On-policy distillation across modalities.")
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher, which says it twice
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("train", train, "run a recipe: evaluate, train, evaluate again, and print what became of the gap"),

@@ -36,7 +36,7 @@ def join(device: str) -> None:
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if started() == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
 

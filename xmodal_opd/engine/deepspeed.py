@@ -50,8 +50,11 @@ class Root(nn.Module):
 
 
 class DeepSpeedEngine:
-    """The Engine of several ranks. Under ZeRO-3 the output projection stays whole on every rank: it is read outside of
-    any forward; and everything beside the language model is gathered as one: how often its layers run depends on media.
+    """The Engine of several ranks.
+
+    Under ZeRO-3 ranks must gather parameters in one order. So the output projection, which is read outside of any
+    forward, and all that lies beside the language model, whose layers run once a clip or image, stay whole on every
+    rank; their gradients and optimiser state are divided.
     """
 
     def __init__(
@@ -73,19 +76,20 @@ class DeepSpeedEngine:
         self.norm, self.inside = 0.0, False
         if self.stage == 0:
             self.optimizer.register_step_pre_hook(lambda *_: self.clip_or_drop())
-        if self.stage == 3:
-            for part in beside_the_language_model(model):
-                set_z3_leaf_module(part, True)
         self.root = Root(model)
         self.engine: Any = deepspeed.initialize(
             model=self.root,
-            model_parameters=list(self.named.values()),
+            model_parameters=list(self.named.values()),  # pyright: ignore[reportArgumentType]
             optimizer=self.optimizer,
             config=config,
             dist_init_required=False,
         )[0]
         if self.stage == 3:
-            self.keep_head()
+            for part in beside_the_language_model(model):  # after DeepSpeed's own hooks on gradients, which stay
+                set_z3_leaf_module(part, True)
+            take_out_hooks(self.engine.optimizer.parameter_offload)
+            self.engine.optimizer.parameter_offload.setup_zero_stage3_hooks()
+            self.keep_whole()
 
     def run[T](self, forward: Callable[[], T]) -> T:
         self.root.work = forward
@@ -103,7 +107,7 @@ class DeepSpeedEngine:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm()) if self.stage else self.norm
         if self.stage == 3:
-            self.keep_head()
+            self.keep_whole()
         return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not math.isfinite(norm))}
 
     def clip_or_drop(self) -> None:
@@ -129,14 +133,19 @@ class DeepSpeedEngine:
         finally:
             self.inside = False
             offload.setup_zero_stage3_hooks()
-            self.keep_head()
+            self.keep_whole()
 
-    def keep_head(self) -> None:
-        """Gather the parameters that stay whole, the output projection with them."""
-        weight, persistent = self.model.get_output_embeddings().weight, self.engine.optimizer.persistent_parameters
-        if not weight.ds_persist:
-            weight.ds_persist = True
-            persistent.append(weight)
+    def keep_whole(self) -> None:
+        """Gather the parameters that no submodule gives back: see the class. DeepSpeed's own small ones are of them."""
+        model, persistent = self.model, self.engine.optimizer.persistent_parameters
+        beside = [p for part in beside_the_language_model(model) for p in part.parameters()]
+        head: Any = model.get_output_embeddings()
+        for p in [head.weight, *beside]:
+            if not p.ds_persist:
+                p.ds_persist = True
+                persistent.append(p)
+        for p in persistent:
+            p.is_external_param = True  # without it, how long they stay depends on what the rank ran before
         absent = [p for p in persistent if p.ds_status != ZeroParamStatus.AVAILABLE]
         if absent:
             absent[0].all_gather(absent)
@@ -182,7 +191,7 @@ class DeepSpeedEngine:
         if self.stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def read(self, p: nn.Parameter, key: str) -> Tensor:
+    def read(self, p: nn.Parameter, key: str) -> Any:
         if self.stage == 0:
             return p if key == MASTER else self.optimizer.state[p][key]
         return safe_get_full_fp32_param(p) if key == MASTER else safe_get_full_optimizer_state(p, key)
@@ -203,8 +212,9 @@ def take_out_hooks(offload: Any) -> None:
 
 
 def beside_the_language_model(model: PreTrainedModel) -> list[nn.Module]:
-    """Encoders and projectors: the modules on the way from the model down to its decoder that do not hold it."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    holders = [m for m in model.modules() if any(part is decoder for part in m.modules()) and m is not decoder]
-    head, beside = model.get_output_embeddings(), [child for m in holders for child in m.children()]
-    return [m for m in beside if m not in holders and m is not decoder and m is not head and any(m.parameters())]
+    """Encoders and projectors: the modules on the way down to the one that embeds tokens which do not hold it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder = next(m for m in model.modules() if any(child is embedding for child in m.children()))
+    holders = [m for m in model.modules() if m is not decoder and any(part is decoder for part in m.modules())]
+    beside = [child for m in holders for child in m.children() if not any(part is decoder for part in child.modules())]
+    return [m for m in beside if m is not head and any(True for _ in m.parameters())]

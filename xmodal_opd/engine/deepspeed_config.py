@@ -14,7 +14,7 @@ def settings(stage: int | None, offload: Sequence[str], file: str | None, *, dty
     Raises ValueError where the two disagree, naming the key, and for offload that the stage does not have.
     """
     given = read(file) if file else {}
-    stage = given.get("zero_optimization", {}).get("stage", 2) if stage is None else stage
+    stage = int(given.get("zero_optimization", {}).get("stage", 2)) if stage is None else stage
     need = {"optimizer": 1, "parameters": 3}
     for what in offload:
         if stage < need[what]:
@@ -26,6 +26,8 @@ def settings(stage: int | None, offload: Sequence[str], file: str | None, *, dty
         )
     zero: dict[str, Any] = {"stage": stage}
     zero |= {f"offload_{what.removesuffix('eters')}": {"device": "cpu"} for what in offload}
+    if stage == 3:  # what comes next depends on a rank's own media: a guess would gather in another order than theirs
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     recipe = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
