@@ -5,10 +5,12 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from tests import families
 from tools import build_tiny, serve_vllm
 from tools.install_vllm import default_folder, install
 from xmodal_opd import checkpoint, config, models, train
+from xmodal_opd.rollout import nccl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.forward import Responses, statistics
@@ -187,6 +190,35 @@ def test_answers_are_a_function_of_the_seed(small, two, tmp_path):
     assert sum(same) >= len(same) - 1  # sums in another order may turn one token
     assert [r.tokens for r in once["four"]] != [r.tokens for r in other["four"]]
     assert len({tuple(r.tokens) for r in once["four"][:4]}) > 1  # answers of a group differ
+
+
+ENTERS = """
+import json, sys
+from vllm.distributed.weight_transfer import nccl_common, nccl_engine
+entering, coming = json.load(sys.stdin)
+info = nccl_common.NCCLWeightTransferInitInfo(**entering)
+assert info.nccl_unique_id_bytes == bytes(range(128)) and (info.world_size, info.rank_offset) == (3, 1)
+told = nccl_engine.NCCLWeightTransferUpdateInfo(**coming)
+import torch
+assert all(isinstance(getattr(torch, dtype), torch.dtype) for dtype in told.dtype_names)
+print(len(told.names))
+"""
+
+
+def test_what_goes_with_weights_over_nccl_is_what_vllm_reads(python, small):
+    model, processor, _, folder = small
+    checkpoint.export(model, processor, folder / "sent")
+    told = [nccl.invitation(bytes(range(128)), 2), nccl.contents(folder / "sent")]
+    asked = subprocess.run([python, "-c", ENTERS], input=json.dumps(told), capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
+    assert int(asked.stdout.split()[-1]) == len(told[1]["names"]) > 100
+
+
+def test_a_server_that_was_not_started_for_nccl_is_refused(small, two, tmp_path):
+    model, processor, adapter, _ = small
+    sampler = replace(sampler_for(model, processor, adapter, two, tmp_path), over_nccl=True)
+    with pytest.raises(ValueError, match=r"takes no weights over NCCL; start it with --weight-transfer-config"):
+        sampler.sync()
 
 
 # ---- runs

@@ -161,6 +161,7 @@ def build_sampler(
         export=export,
         run=dist.decided(uuid.uuid4().hex[:12]),
         folder=Path(part.sync_folder or run or tempfile.gettempdir()) / "weights",
+        over_nccl=part.transfer == "nccl",
     )
     if dist.rank() == 0:
         atexit.register(sampler.clear)

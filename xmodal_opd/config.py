@@ -31,7 +31,8 @@ PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  
 # when a run goes on; not eval.samples: what was measured before is compared with what is measured after
 MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")
 MAY_CHANGE += ("engine.device", "engine.micro_tokens", "engine.zero", "engine.offload", "engine.config", "run_dir")
-MAY_CHANGE += tuple(f"rollout.{key}" for key in ("servers", "sync_folder", "timeout", "retries", "concurrency", "wait"))
+SERVING = ("servers", "sync_folder", "transfer", "timeout", "retries", "concurrency", "wait")
+MAY_CHANGE += tuple(f"rollout.{key}" for key in SERVING)
 MAY_CHANGE += ("teachers.",)  # where they are
 
 
@@ -90,6 +91,7 @@ class Rollout(Part):
     batch_tokens: int = Field(default=16384, ge=1)  # hf: prompt and answer tokens decoded together, padding included
     servers: list[str] = []  # vllm: addresses such as http://127.0.0.1:8000
     sync_folder: str | None = None  # vllm: where weights go, which all servers see; default: the run folder
+    transfer: Literal["folder", "nccl"] = "folder"  # vllm: servers read the weights there, or are sent them, GPU to GPU
     timeout: float = Field(default=300.0, gt=0)  # vllm: seconds of one attempt
     retries: int = Field(default=3, ge=0)  # vllm: more attempts, on whichever server is free
     concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from xmodal_opd import dist
 from xmodal_opd.models import is_tied, load_config
+from xmodal_opd.rollout import nccl
 from xmodal_opd.serving import PROBE, Failure, Server, Servers, Session, gather
 from xmodal_opd.types import Adapter, Pair, Rollout, Sampling
 
@@ -27,7 +28,7 @@ DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, which opens
 
 @dataclass
 class VLLMSampler:
-    """`export` writes the student's weights into a new folder inside `folder`, where every server reads them."""
+    """`export` writes the student's weights into a new folder inside `folder`, which servers read, or are sent."""
 
     servers: Servers
     adapter: Adapter
@@ -41,6 +42,8 @@ class VLLMSampler:
         default_factory=lambda: uuid.uuid4().hex[:12]
     )  # two runs never take each other's weights for theirs
     count: int = 0
+    over_nccl: bool = False  # weights go from GPU to GPU; else every server reads the folder
+    links: dict[str, nccl.Link] = field(default_factory=dict)  # by address, of servers that were not restarted since
     proven: set[str] = field(default_factory=set)  # views whose prompts the servers lay out as we do
 
     def __post_init__(self) -> None:
@@ -87,28 +90,41 @@ class VLLMSampler:
             raise ValueError(f"{server.url} tells no version of its weights ({failure}); {DEV_MODE}") from None
         if not held.startswith(self.run):
             await self.inspect(session, server)
+            self.links.pop(server.url, None)
         if held != self.version:
             await self.load(session, server)
         await session.call(server, "/resume")
 
     async def load(self, session: Session, server: Server) -> None:
         """Stop what it is saying, read the folder, forget what it computed before, and only then take the new name."""
-        path = str((self.folder / self.version).resolve())
+        folder = (self.folder / self.version).resolve()
         await session.call(server, "/pause?mode=abort")
         try:
-            kwargs = {"weights_path": path}
-            await session.call(server, "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+            await (self.send if self.over_nccl else self.read)(session, server, folder)
         except Failure as failure:
-            raise Failure(f"it could not read the weights in {path}: {failure} {failure.detail}", again=True) from None
+            raise Failure(f"it did not take the weights in {folder}: {failure} {failure.detail}", again=True) from None
         reset = await session.call(server, "/reset_prefix_cache")
         if not reset["success"]:
             raise Failure("it did not forget the prompts it knew under the old weights", again=True)
         await session.call(server, "/update_weight_version", {"new_version": self.version})
 
+    async def read(self, session: Session, server: Server, folder: Path) -> None:
+        """The server reads the folder."""
+        kwargs = {"weights_path": str(folder)}
+        await session.call(server, "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+
+    async def send(self, session: Session, server: Server, folder: Path) -> None:
+        """Rank 0 reads the folder and sends what is in it to the server's GPUs."""
+        if dist.rank() != 0:
+            raise Failure("rank 0 brings it the weights, after this step", again=True)
+        if server.url not in self.links:
+            self.links[server.url] = await nccl.join(session, server, workers(await described(session, server)))
+        await nccl.send(session, server, folder, self.links[server.url])
+
     async def inspect(self, session: Session, server: Server) -> None:
         """Raises ValueError when its log-probs would not be those of the policy at temperature 1, or, where it can be
         seen, when its head would not follow the weights."""
-        info = (await session.get(server, "/server_info?config_format=json")).json()["vllm_config"]
+        info = await described(session, server)
         mode, folder = info["model_config"]["logprobs_mode"], Path(info["model_config"]["model"])
         if mode != "raw_logprobs":
             raise ValueError(f"{server.url} reports {mode}; start it with --logprobs-mode raw_logprobs")
@@ -121,6 +137,9 @@ class VLLMSampler:
                 f"{server.url} serves {folder}, whose head is tied to its embeddings: vLLM on CPU would keep the old "
                 "head when weights change; start it by tools/serve_vllm.py, which gives the head weights of its own"
             )
+        if self.over_nccl and (info.get("weight_transfer_config") or {}).get("backend") != "nccl":
+            raise ValueError(f"""{server.url} takes no weights over NCCL; start it with --weight-transfer-config \
+'{{"backend": "nccl"}}', or set rollout.transfer to folder""")
 
     # ---- answers
 
@@ -195,6 +214,16 @@ class VLLMSampler:
         tokens = choice["token_ids"]
         logps = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         return Rollout(pair, tokens, logps, self.adapter.decode(tokens), tokens[-1] in self.eos, group, prompt)
+
+
+async def described(session: Session, server: Server) -> dict[str, Any]:
+    """The server's own configuration."""
+    return (await session.get(server, "/server_info?config_format=json")).json()["vllm_config"]
+
+
+def workers(info: Mapping[str, Any]) -> int:
+    """GPUs that one server's model is spread over."""
+    return info["parallel_config"]["world_size"] * info["parallel_config"]["data_parallel_size"]
 
 
 def refuse_another_prompt(theirs: Sequence[int], ours: Sequence[int], key: str) -> None:
