@@ -83,7 +83,7 @@ def weights_of(parts: Parts) -> dict[str, torch.Tensor]:
 
 
 def built(recipe: str, *overrides: str) -> Parts:
-    return build(config.load(recipe, ["model.train=[all]", "engine.micro_tokens=110", "optim.lr=3e-4", *overrides]))
+    return build(config.load(recipe, ["model.train=[all]", "engine.micro_tokens=110", "optim.lr=1e-4", *overrides]))
 
 
 def gradient(parts: Parts, kind: str, piece: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from xmodal_opd.engine.deepspeed_config import settings
 
 ROOT = Path(__file__).parents[1]
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # even the smallest parameter is divided
-LIMIT = 300  # seconds until a launch counts as hanging
+LIMIT = 600  # seconds until a launch counts as hanging
 
 
 def environment():
