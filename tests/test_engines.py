@@ -236,7 +236,10 @@ def test_whole_runs_by_either_launcher_and_their_resumption(world, tmp_path, sha
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
     for here, there in zip(*lines, strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-3) and here["num_tokens"] == there["num_tokens"]
-    keys = [[json.loads(line)["key"] for line in (f / "eval" / "after.jsonl").open()] for f in (whole, parts)]
+    keys = [
+        [json.loads(line)["key"] for line in (f / "eval" / "after.jsonl").read_text().splitlines()]
+        for f in (whole, parts)
+    ]
     assert keys[0] == keys[1] and len(set(keys[0])) == 6
     assert json.loads((whole / "summary.json").read_text())["questions"] == 6
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(latest(parts))
