@@ -24,7 +24,7 @@ class Elsewhere:
 
     exact = False
 
-    def __init__(self, servers, adapter, *, eos, banned, max_tokens, export, run, folder):
+    def __init__(self, servers, adapter, *, eos, max_tokens, export, folder, **_):
         self.export, self.folder, self.rest, self.model = export, Path(folder), (adapter, eos, max_tokens), None
 
     def sync(self):
