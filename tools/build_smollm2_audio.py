@@ -44,8 +44,7 @@ class Lesson:
 
 LESSONS = {
     "hearing": Lesson(12000, 2000, 1.5e-3, 0.2, 24.0),
-    "reading": Lesson(6000, 600, 1e-3, 1.0, 24.0),  # nearer, for a model that never met anything but embeddings
-    "nearer": Lesson(3000, 1200, 1.5e-3, 4.0, 10.0),
+    "reading": Lesson(3000, 500, 1.5e-3, 3.0, 24.0),  # nearer, for a model that never met anything but embeddings
 }
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -296,7 +295,7 @@ def embed(model: Any, mels: Any, frames: Any) -> tuple[Any, Any]:
 
 def ctc(model: Any, some: list, vocabulary: list[int], lesson: Lesson) -> Any:
     """Mean CTC loss per token, each token a Gaussian around its embedding, so that frames come to lie where the
-    language model knows its way; and their distance to the embedding each is taken for."""
+    language model knows its way; and their distance to the embeddings of what is said there."""
     import torch
     from torch.nn.functional import ctc_loss
     from torch.nn.utils.rnn import pad_sequence
@@ -313,16 +312,24 @@ def ctc(model: Any, some: list, vocabulary: list[int], lesson: Lesson) -> Any:
     place = {token: i for i, token in enumerate(vocabulary)}
     targets = pad_sequence([torch.tensor([place[t] for t in ids]) for *_, ids in some], batch_first=True)
     sizes = torch.tensor([len(ids) for *_, ids in some])
-    loss = ctc_loss(logp.transpose(0, 1), targets, lengths, sizes, blank=place[BLANK], zero_infinity=True)
+    leaf = logp.detach().requires_grad_()
+    align = lambda x: ctc_loss(x.transpose(0, 1), targets, lengths, sizes, place[BLANK], "sum")  # noqa: E731
+    there = leaf.detach().exp() - torch.autograd.grad(align(leaf), leaf)[0]  # the loss's own alignment
     real = torch.arange(states.shape[1]) < lengths[:, None]
-    return loss + lesson.pull * apart(states[real], logp[real].argmax(-1), words) / scale
+    loss = ctc_loss(logp.transpose(0, 1), targets, lengths, sizes, place[BLANK], zero_infinity=True)
+    return loss + lesson.pull * apart(states, there * real[..., None], words) / scale
 
 
-def apart(states: Any, heard: Any, words: Any) -> Any:
-    """Mean square distance of frames [N, H] to the embeddings words[heard] they stand for; every word counts the same,
-    however many frames say it."""
-    weight = 1 / heard.bincount(minlength=len(words))[heard]
-    return (weight * (states - words[heard]).square().sum(-1)).sum() / weight.sum()
+def apart(states: Any, shares: Any, words: Any) -> Any:
+    """Mean square distance of frames [B, A, H] to the embeddings `words` [C, H] that are said there: shares [B, A, C].
+    Every word counts the same, however many frames say it."""
+    import torch
+
+    totals = shares.sum((0, 1))
+    said = totals > 0.5
+    shares = (shares / totals.clamp(min=0.5))[..., said]
+    away = torch.cdist(states, words[said].expand(len(states), -1, -1)).square()
+    return (shares * away).sum() / said.sum()
 
 
 def masked_to(mels: Any, frames: int, masked: Callable[[Any], Any]) -> Any:
