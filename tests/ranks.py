@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from xmodal_opd import checkpoint, config, dist, step
+from xmodal_opd import checkpoint, collect, config, dist, step
 from xmodal_opd.build import Parts, build, launch
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
+from xmodal_opd.metrics import over_ranks
 from xmodal_opd.objective import Term
 from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.weights import WEIGHTS
@@ -54,7 +55,7 @@ def answers(pairs: Sequence[Pair], number: int) -> list[tuple[str, Rollout]]:
     return out
 
 
-def made_up_step(parts: Parts, number: int, mixed: bool = False) -> step.Step:
+def made_up_step(parts: Parts, number: int, mixed: bool = False) -> collect.Step:
     """This rank's part of step `number`, with scores and rewards made up."""
     everyone = answers(questions(parts, mixed), number)
     draw = torch.Generator().manual_seed(1000 + number)
@@ -65,14 +66,14 @@ def made_up_step(parts: Parts, number: int, mixed: bool = False) -> step.Step:
     batch = token_batch(rollouts)
     width = batch.mask.shape[1]
     scores = Scores({name: value[mine, :width] for name, value in scores.items()}, reward=rewards[mine])
-    return step.gathered(rollouts, [everyone[row][0] for row in mine], replace(batch, scores=scores), {})
+    return collect.gathered(rollouts, [everyone[row][0] for row in mine], replace(batch, scores=scores), {})
 
 
 def advance(parts: Parts, numbers: Sequence[int], mixed: bool = False) -> list[dict[str, float]]:
     """Steps `numbers` of training; what each measured."""
     parts = replace(parts, judged=frozenset(parts.recipe.rollout.samplings))
     return [
-        step.over_ranks(dist.gather(step.backward(parts, made_up_step(parts, n, mixed), n))) | parts.engine.step(n)
+        over_ranks(dist.gather(step.backward(parts, made_up_step(parts, n, mixed), n))) | parts.engine.step(n)
         for n in numbers
     ]
 

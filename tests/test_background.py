@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from xmodal_opd import config, step
+from xmodal_opd import collect, config, step
 from xmodal_opd.background import later, now, read_ahead
 from xmodal_opd.build import build, open_shards
 
@@ -39,23 +39,23 @@ async def breaks(prompts, completions, **_):
 
 
 def test_the_judge_works_while_the_teacher_reads(world, monkeypatch):
-    scores = step.local_scores
+    scores = collect.local_scores
 
     def noted(*args):
         scoring_began.set()
         return scores(*args)
 
     scoring_began.clear()
-    monkeypatch.setattr(step, "local_scores", noted)
+    monkeypatch.setattr(collect, "local_scores", noted)
     parts, pairs = prepared(world, judged_by("waits_for_the_teacher"))
-    sampled, metrics = step.sample(parts, pairs, 0)
+    sampled, metrics = collect.sample(parts, pairs, 0)
     assert 0 < metrics["reward"] < 1 and "teacher_logp" in sampled.batch.scores
 
 
 def test_a_judge_beside_the_teacher_gives_the_same_step(world, monkeypatch):
     taken = {}
     for how in (later, now):
-        monkeypatch.setattr(step, "later", how)
+        monkeypatch.setattr(collect, "later", how)
         parts, pairs = prepared(world, judged_by("by_length"))
         taken[how] = step.train_step(parts, pairs, 0), {n: p.clone() for n, p in parts.student.named_parameters()}
     (values, weights), (expected, wanted) = taken.values()
@@ -71,14 +71,14 @@ def test_what_the_judge_raises_reaches_the_loop(world):
 def test_a_judge_that_asks_the_student_does_not_run_beside_it(world, monkeypatch):
     asked_in = []
     parts, pairs = prepared(world, "judge={name: self}")
-    rewards = step.rewards_of
+    rewards = collect.rewards_of
 
     def noted(*args):
         asked_in.append(threading.current_thread())
         return rewards(*args)
 
-    monkeypatch.setattr(step, "rewards_of", noted)
-    step.sample(parts, pairs, 0)
+    monkeypatch.setattr(collect, "rewards_of", noted)
+    collect.sample(parts, pairs, 0)
     assert asked_in == [threading.main_thread()]
 
 

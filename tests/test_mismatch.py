@@ -7,7 +7,7 @@ from math import log
 import pytest
 import torch
 
-from xmodal_opd import config, step
+from xmodal_opd import collect, config, step
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.models import frozen_copy
 from xmodal_opd.objective import pick
@@ -63,7 +63,7 @@ def pairs_of(parts, count):
 def test_the_trainer_scores_what_another_sampled_and_its_ratios_start_at_one(world):
     mixed = "rollout.samplings.text={n: 1, view: teacher}"
     parts = perturbed(build(config.load(world["recipe"], ["engine.micro_tokens=200", mixed])))
-    sampled, metrics = step.sample(parts, pairs_of(parts, 3), 0)
+    sampled, metrics = collect.sample(parts, pairs_of(parts, 3), 0)
     batch = sampled.batch
     for rollout, seen, trainer, sampler in zip(
         sampled.rollouts, sampled.sampling, batch.student_logp, batch.scores["sampler_logp"], strict=True
@@ -92,8 +92,8 @@ def test_a_term_tells_what_its_weights_held_back_and_trains(world):
 
 
 def test_where_the_trainer_samples_there_is_one_log_prob_and_no_further_forward(world, monkeypatch):
-    monkeypatch.setattr(step, "trainer_logp", None)
+    monkeypatch.setattr(collect, "trainer_logp", None)
     parts = build(config.load(world["recipe"]))
-    sampled, metrics = step.sample(parts, pairs_of(parts, 2), 0)
+    sampled, metrics = collect.sample(parts, pairs_of(parts, 2), 0)
     assert torch.equal(sampled.batch.student_logp, sampled.batch.scores["sampler_logp"])
     assert not any(name.startswith("sampling/") for name in metrics)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from teacher import Refused, Teacher, serving
 
-from xmodal_opd import config, models, step, train
+from xmodal_opd import collect, config, models, step, train
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.models import load_model, load_processor
 
@@ -54,7 +54,7 @@ def at(teacher, *more):
 def stepped(parts, count=3):
     """Metrics of a first step, and its gradient."""
     pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), count)]
-    sampled, metrics = step.sample(parts, pairs, 0)
+    sampled, metrics = collect.sample(parts, pairs, 0)
     metrics |= step.backward(parts, sampled, 0)
     return metrics, {n: p.grad for n, p in parts.student.named_parameters() if p.grad is not None}, sampled
 

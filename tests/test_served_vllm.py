@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.test_vllm import asked, distribution, disturbed, python, run, serving, small, written  # noqa: F401
-from xmodal_opd import checkpoint, config, models, step
+from xmodal_opd import checkpoint, collect, config, models, step
 from xmodal_opd.build import build
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.scoring.judge import QUESTION, build_judge, judge
@@ -81,7 +81,7 @@ def test_log_probs_and_likeliest_tokens_are_those_of_the_same_model_here(expert,
 
 
 def gradient(parts, pairs):
-    sampled, metrics = step.sample(parts, pairs, 0)
+    sampled, metrics = collect.sample(parts, pairs, 0)
     metrics |= step.backward(parts, sampled, 0)
     return metrics, torch.cat([p.grad.flatten() for p in parts.student.parameters() if p.grad is not None])
 

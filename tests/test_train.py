@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
-from xmodal_opd import config, step, train
+from xmodal_opd import collect, config, step, train
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.objective import Term
@@ -199,7 +199,7 @@ def test_the_command_makes_its_shards_once_and_ends_with_the_table(world, tmp_pa
 def test_a_nan_advantage_without_a_judge_reaches_the_engine(world):
     parts = build(config.load(world["recipe"], ["judge=null", "objective.sequences=null"]))
     pairs = [pair for _, (_, pair) in zip(range(2), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)]
-    sampled, _ = step.sample(parts, pairs, 0)
+    sampled, _ = collect.sample(parts, pairs, 0)
     lost = Term.build(surrogate="reinforce", advantages=[f"{__name__}:nothing"])
     assert step.judge_term(parts, lost, "tokens", sampled).advantage.isnan().any()
 

@@ -76,7 +76,7 @@ def which(_self: Any, _model: Any, _rollouts: Any, _view: str, grad: bool = Fals
 @contextmanager
 def watched(parts: Any, clock: Clock) -> Iterator[None]:
     """Within, the parts of a step are timed from outside."""
-    from xmodal_opd import models, step
+    from xmodal_opd import collect, models, step
     from xmodal_opd.scoring.forward import Responses
 
     places = [
@@ -84,8 +84,8 @@ def watched(parts: Any, clock: Clock) -> Iterator[None]:
         (type(parts.sampler), "sync", "sync"),
         (type(parts.adapter), "batch", "features"),
         *((kind, "forward", "encoder") for kind in {type(e) for e in models.encoders(parts.student)}),
-        (step, "rewards_of", "judge"),
-        (step, "local_scores", "teacher"),
+        (collect, "rewards_of", "judge"),
+        (collect, "local_scores", "teacher"),
         (Responses, "hidden", which),
         (step, "micro_loss", "objective"),
         (type(parts.engine), "backward", "backward"),
@@ -178,7 +178,7 @@ def compare(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
     """{"shared": …, "repeated": …} with seconds (medians) and the gradient's relative difference from "repeated"."""
     import torch
 
-    from xmodal_opd import config, step
+    from xmodal_opd import config
     from xmodal_opd.build import build, open_shards
     from xmodal_opd.cli import quiet
 
@@ -191,7 +191,7 @@ def compare(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
         torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
         parts = build(recipe)
         pairs = [pair for _, pair in islice(open_shards(recipe)[0].pairs(parts.adapter), recipe.train.prompts)]
-        times = [one_step(step, parts, pairs) for _ in range(repeats + 1)][1:]
+        times = [one_step(parts, pairs) for _ in range(repeats + 1)][1:]
         gradients[name] = torch.cat([p.grad.flatten() for p in parts.student.parameters() if p.grad is not None])
         figures[name] = {kind: statistics.median(t[kind] for t in times) for kind in times[0]}
     apart = (gradients["shared"] - gradients["repeated"]).norm() / gradients["repeated"].norm()
@@ -202,11 +202,13 @@ def compare(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
     return figures
 
 
-def one_step(step, parts, pairs) -> dict[str, float]:
+def one_step(parts, pairs) -> dict[str, float]:
     """Seconds of sampling, and of loss and gradient, of one step that changes nothing."""
+    from xmodal_opd import collect, step
+
     parts.student.zero_grad()
     began = time.perf_counter()
-    sampled, _ = step.sample(parts, pairs, 0)
+    sampled, _ = collect.sample(parts, pairs, 0)
     middle = time.perf_counter()
     step.backward(parts, sampled, 0)
     return {"sampling": middle - began, "loss and gradient": time.perf_counter() - middle}

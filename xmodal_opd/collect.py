@@ -1,0 +1,174 @@
+"""A step's answers, and all that is measured of them before the step is judged: no gradient here."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from xmodal_opd import dist
+from xmodal_opd.background import later, now
+from xmodal_opd.build import Parts
+from xmodal_opd.evaluate import is_right
+from xmodal_opd.metrics import reward_metrics
+from xmodal_opd.objective.divergences import reverse_kl
+from xmodal_opd.rollout.ahead import Ahead
+from xmodal_opd.scoring.forward import divergence, statistics
+from xmodal_opd.scoring.judge import judge
+from xmodal_opd.scoring.mismatch import mismatch, trainer_logp
+from xmodal_opd.scoring.served import ask_teachers
+from xmodal_opd.teachers import Told, heard, served_scores, wanted
+from xmodal_opd.tokens import cut, token_batch
+from xmodal_opd.types import Pair, Rollout, Scores, TokenBatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """This rank's rollouts in one order, the same as numbers, and the numbers of all ranks: what is judged."""
+
+    rollouts: list[Rollout]
+    sampling: list[str]  # which sampling each came from
+    batch: TokenBatch
+    everyone: TokenBatch
+    samplings: list[str]  # of the rows of `everyone`
+    mine: slice  # the rows of `everyone` that are `batch`
+    told: Told
+
+    def rows(self, sampling: str) -> Tensor:
+        """Where the answers of one sampling stand among those of all ranks."""
+        rows = [r for r, name in enumerate(self.samplings) if name == sampling]
+        return torch.tensor(rows, device=self.everyone.mask.device)
+
+    def tokens(self, sampling: str) -> int:
+        return int(self.everyone.mask[self.rows(sampling)].sum())
+
+
+def gathered(rollouts: list[Rollout], sampling: list[str], batch: TokenBatch, told: Told | None = None) -> Step:
+    """The step of all ranks, from this rank's part of it."""
+    everyone, mine = dist.gather_step(batch)
+    samplings = [name for some in dist.gather(sampling) for name in some]
+    return Step(rollouts, sampling, batch, everyone, samplings, mine, told or {})
+
+
+def pieces(parts: Parts, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rows in micro-batches, as many on every rank: one that has fewer adds empty ones and goes through the motions."""
+    some = list(cut(rollouts, parts.recipe.engine.micro_tokens, parts.responses.share))
+    return some + [[]] * (max(dist.gather(len(some))) - len(some))
+
+
+def sample(
+    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None = None
+) -> tuple[Step, dict[str, float]]:
+    """The step's rollouts with all their scores, and what is worth knowing about them."""
+    answers, age = answered(parts, pairs, number, following)
+    references = answers.pop("(reference)", None)
+    rollouts = [r for some in answers.values() for r in some]
+    sampling = [name for name, some in answers.items() for _ in some]
+    judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
+    asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, sampling), rollouts)
+    batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
+    local = local_scores(parts, rollouts, batch.mask)
+    rewards, failures = judging.result()
+    told = asking.result()
+    scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards)
+    batch = dist.to(replace(batch, scores=scores), parts.student.device)
+    step = gathered(*heard(rollouts, sampling, batch, told))
+    apart = {} if parts.sampler.exact else mismatch(step.everyone)
+    lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
+    return step, describe(parts, answers, rewards, failures) | age | apart | lost
+
+
+def answered(
+    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None
+) -> tuple[dict[str, list[Rollout]], dict[str, float]]:
+    """The answers of every sampling and how many updates old they are; those to the following pairs are then begun."""
+    samplings = parts.samplings | ({} if parts.reference is None else {"(reference)": parts.reference})
+    first = parts.recipe.train.seed * 1_000_003 + (dist.rank() << 40)
+    answers = parts.sampler.generate(pairs, samplings, first + number * 4099)
+    if not isinstance(parts.sampler, Ahead):
+        return answers, {}
+    age = {"rollout/age": float(parts.sampler.age)}
+    if following is not None:
+        parts.sampler.begin(following, samplings, first + (number + 1) * 4099)
+    return answers, age
+
+
+def with_trainer_logp(
+    parts: Parts, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str]
+) -> TokenBatch:
+    """The sampler's log-probs as the score `sampler_logp`, and as `student_logp` the trainer's own: the very same where
+    the trainer samples, else from a forward over all answers."""
+    scores = Scores(batch.scores, sampler_logp=batch.student_logp)
+    if parts.sampler.exact:
+        return replace(batch, scores=scores)
+    views = [parts.samplings[name].view for name in sampling]
+    cutter = partial(pieces, parts)
+    logp = parts.engine.run(lambda: trainer_logp(parts.student, parts.responses, rollouts, views, batch.mask, cutter))
+    return replace(batch, student_logp=logp, scores=scores)
+
+
+def rewards_of(
+    parts: Parts, answers: Mapping[str, list[Rollout]], references: Sequence[Rollout] | None
+) -> tuple[Tensor, Counter[str]]:
+    """Rewards [B], NaN where none was asked for or the judge could not decide; and how often it could not, and why."""
+    rewards: list[float] = []
+    failures: Counter[str] = Counter()
+    for name, rollouts in answers.items():
+        if parts.judge is None or name not in parts.judged:
+            rewards += [float("nan")] * len(rollouts)
+            continue
+        texts = None if references is None else [own_answer(references[r.group]) for r in rollouts]
+        values, failed = judge(parts.judge, rollouts, texts)
+        rewards += [float("nan") if v is None else v for v in values]
+        failures.update(failed)
+    return torch.tensor(rewards), failures
+
+
+def own_answer(reference: Rollout) -> str | None:
+    """What the judge compares with: an answer that was cut off reaches no conclusion."""
+    return reference.text if reference.finished else None
+
+
+@torch.no_grad()
+def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dict[str, Tensor]:
+    """NAME_logp and NAME_entropy [B, T] of every local scorer, and NAME_divergence = KL(student || NAME) if asked."""
+    out: dict[str, Tensor] = {}
+    scorers = {name: scorer for name, scorer in parts.recipe.scoring.items() if scorer.model in parts.models}
+    if not scorers:
+        return out
+    for piece in pieces(parts, rollouts):
+        some, here = [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
+        for name, scorer in scorers.items():
+            model = parts.models[scorer.model]
+            hidden = parts.responses.hidden(model, some, scorer.view)
+            values: dict[str, Tensor] = {}
+            if scorer.divergence:
+                own = (parts.student, parts.responses.hidden(parts.student, some, "student"))
+                values["divergence"] = divergence(reverse_kl, own, (model, hidden), here, parts.vocab)
+            values |= zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True)
+            for kind, value in values.items():
+                out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[piece] = value.float().cpu()
+    return out
+
+
+def describe(
+    parts: Parts, answers: Mapping[str, list[Rollout]], rewards: Tensor, failures: Counter[str]
+) -> dict[str, float]:
+    """Metrics of the samples alone, under the names TRL uses where it has one."""
+    every = [r for some in answers.values() for r in some]
+    own = [r for name, some in answers.items() if parts.samplings[name].view == "student" for r in some]
+    gold = [is_right(r.pair, r, parts.right) for r in own if r.pair.answer is not None]
+    groups = [(i, r.group) for i, name in enumerate(answers) for r in answers[name]]
+    tokens = [logp for r in every for logp in r.logps]
+    return {
+        "completions/mean_length": sum(len(r.tokens) for r in every) / len(every),
+        "completions/clipped_ratio": sum(not r.finished for r in every) / len(every),
+        "entropy": -sum(tokens) / len(tokens),  # of the sampled tokens: unbiased only at temperature 1
+        "num_tokens": float(len(tokens)),
+        **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
+        **reward_metrics(rewards.tolist(), [hash(g) for g in groups]),
+        **({"judge_failures": float(failures.total())} if parts.judge else {}),
+        **{f"judge_failures/{reason}": float(count) for reason, count in failures.items()},
+    }
