@@ -131,9 +131,10 @@ def make_processor(tokenizer: Any) -> Any:
 def compose(text: Any, seed: int, width: int = 192, layers: int = 3) -> Any:
     """A Qwen2-Audio whose language model is `text`, to the bit, behind an encoder that has learnt nothing yet."""
     import torch
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+    import transformers
 
-    config = Qwen2AudioConfig(
+    library: Any = transformers  # its keyword configs are beyond a type checker
+    config = library.Qwen2AudioConfig(
         audio_config={
             "num_mel_bins": 80,
             "d_model": width,
@@ -146,7 +147,7 @@ def compose(text: Any, seed: int, width: int = 192, layers: int = 3) -> Any:
         audio_token_index=AUDIO["<|AUDIO|>"],
     )
     torch.manual_seed(seed)
-    model = Qwen2AudioForConditionalGeneration(config)
+    model = library.Qwen2AudioForConditionalGeneration(config)
     model.language_model.load_state_dict(text.state_dict())
     model.audio_tower.embed_positions.weight.data.copy_(sinusoids(25 * SECONDS, width))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = text.config.eos_token_id

@@ -160,8 +160,8 @@ class DeepSpeedEngine:
                 value = self.read(p, key)  # every rank takes part
                 if number % dist.world() == dist.rank():
                     mine[f"{name} {key}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-        steps = {str(int(self.optimizer.state[p]["step"])) for p in self.flats() if self.optimizer.state.get(p)}
-        save_file(mine, folder / FILE.format(dist.rank() + 1, dist.world()), {"step": max(steps, default="0")})
+        steps = [int(self.optimizer.state[p]["step"]) for p in self.flats() if self.optimizer.state.get(p)]
+        save_file(mine, folder / FILE.format(dist.rank() + 1, dist.world()), {"step": str(max(steps, default=0))})
 
     def load(self, folder: Path) -> None:
         files = sorted(folder.glob("optimizer-*.safetensors"))
