@@ -2,10 +2,12 @@
 model would have said, follows its weights, and loses nothing when it is killed."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -279,6 +281,24 @@ def test_a_run_reaches_what_it_reaches_with_the_training_models_own_answers(writ
     assert ends["hf"][0] == ends["vllm"][0]  # greedy answers before any step
     assert abs(ends["hf"][1] - ends["vllm"][1]) < 0.2 and 0.5 < ends["hf"][2] / ends["vllm"][2] < 2
     print(f"seconds to take weights in: {np.mean([step['sync_time'] for step in steps]):.2f}")
+
+
+def test_two_ranks_of_deepspeed_sample_from_the_same_servers(written, two, tmp_path):
+    """Rank 0 brings the weights, gathered at ZeRO-3, while both ask; one step ahead as well."""
+    for name, *keys in (("2", "engine.zero=2"), ("3", "engine.zero=3"), ("ahead", "engine.zero=3", "rollout.ahead=1")):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        recipe = ["-m", "xmodal_opd.cli", "train", str(written), f"run_dir={tmp_path / name}", *vllm(two), *keys]
+        recipe += ["engine.name=deepspeed", "train.steps=3", "eval.samples=12", "checkpoint.every=3"]
+        paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *recipe], env=os.environ | paths, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        steps = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert len(steps) == 3 and not any(step["skipped"] for step in steps)
+        if name == "ahead":
+            assert [step["rollout/age"] for step in steps] == [0, 1, 1]
+            assert steps[0][APART] < 1e-3 < steps[1][APART]  # older weights
+        else:
+            assert all(step[APART] < 1e-3 for step in steps)
 
 
 # ---- servers that die
