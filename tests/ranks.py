@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from xmodal_opd import checkpoint, collect, config, dist, step
+from xmodal_opd import checkpoint, collect, config, dist, schema, step
 from xmodal_opd.build import Parts, build, launch
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
@@ -95,7 +95,7 @@ def gradient(parts: Parts, kind: str, piece: str) -> torch.Tensor:
     else:
         chain = ["reward", spec] if piece not in ("reward", "constant", "teacher_logratio") else [spec]
         of = {"sampling": "sequences", "advantages": chain, "surrogate": "reinforce"}
-    term = config.Term.model_validate(of)
+    term = schema.Term.model_validate(of)
     recipe = parts.recipe.model_copy(update={"objective": {"term": term}})
     terms = {"term": Term.build(**term.model_dump(exclude={"sampling", "view", "teacher"}))}
     options = {"lr": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": 1.0, "schedule": lambda step: 1.0}

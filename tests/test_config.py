@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from xmodal_opd import config
+from xmodal_opd import config, schema
 from xmodal_opd.build import build_term
 from xmodal_opd.cli import main
 
@@ -122,4 +122,4 @@ def test_every_key_of_a_recipe_is_on_the_page_about_recipes():
             if inner := config._inner(field.annotation):
                 yield from names(inner)
 
-    assert [name for name in names(config.Recipe) if name not in page] == []
+    assert [name for name in names(schema.Recipe) if name not in page] == []

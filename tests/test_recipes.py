@@ -9,7 +9,7 @@ import pytest
 import yaml
 from teacher import Teacher, serving
 
-from xmodal_opd import config
+from xmodal_opd import config, schema
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.step import train_step
@@ -58,7 +58,7 @@ def replace_judge(parts):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_resolves_and_says_what_it_is(path):
     recipe = config.load(str(path))
-    assert recipe.name == path.stem and recipe == config.Recipe.model_validate(yaml.safe_load(config.dump(recipe)))
+    assert recipe.name == path.stem and recipe == schema.Recipe.model_validate(yaml.safe_load(config.dump(recipe)))
 
 
 def test_cord_is_the_papers():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from modalities.audio.prepare import prepare
 from modalities.chat import ChatAdapter
-from xmodal_opd import checkpoint, config, dist, lora, models
+from xmodal_opd import checkpoint, dist, lora, models, schema
 from xmodal_opd.background import read_ahead
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.deepspeed_config import settings
@@ -46,7 +46,7 @@ STUDENT = "current"
 class Parts:
     """Everything a run is made of."""
 
-    recipe: config.Recipe
+    recipe: schema.Recipe
     models: dict[str, PreTrainedModel]  # "current" is the student; teachers by the name the recipe gives them
     served: dict[str, ServedTeacher]  # the teachers that are behind servers
     processor: Any
@@ -65,14 +65,14 @@ class Parts:
     @property
     def judge_apart(self) -> bool:
         """Whether the judge may run while models score: `self` asks the student, which then has its hands full."""
-        return self.recipe.judge is not None and config.piece_name(self.recipe.judge.name) != "self"
+        return self.recipe.judge is not None and schema.piece_name(self.recipe.judge.name) != "self"
 
     @property
     def student(self) -> PreTrainedModel:
         return self.models[STUDENT]
 
 
-def launch(recipe: config.Recipe) -> None:
+def launch(recipe: schema.Recipe) -> None:
     """Join the processes of this launch. Raises ValueError when they are not what engine and step are for."""
     ranks = dist.started()
     refuse_ranks(recipe, ranks)
@@ -80,7 +80,7 @@ def launch(recipe: config.Recipe) -> None:
         dist.join(device(recipe.engine.device))
 
 
-def refuse_ranks(recipe: config.Recipe, ranks: int) -> None:
+def refuse_ranks(recipe: schema.Recipe, ranks: int) -> None:
     if ranks > 1 and recipe.engine.name == "plain":
         raise ValueError(f"{ranks} processes were started, but engine.name is plain, which is one; use deepspeed")
     if recipe.train.prompts % ranks:
@@ -90,7 +90,7 @@ def refuse_ranks(recipe: config.Recipe, ranks: int) -> None:
         )
 
 
-def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
+def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
     """Live parts on the recipe's device, which write to the run's folder where there is one. Raises ValueError in one
     sentence for what cannot be built."""
     terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
@@ -114,7 +114,7 @@ def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
         samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
         judge=None if recipe.judge is None else build_judge(recipe.judge.name, partial(ask, sampler, adapter)),
         judged=frozenset(
-            t.sampling for t in recipe.objective.values() if "reward" in map(config.piece_name, t.advantages)
+            t.sampling for t in recipe.objective.values() if "reward" in map(schema.piece_name, t.advantages)
         ),
         reference=sampling(recipe.judge.reference) if recipe.judge and recipe.judge.reference else None,
         right=right,
@@ -122,14 +122,14 @@ def build(recipe: config.Recipe, run: Path | None = None) -> Parts:
     )
 
 
-def load_student(recipe: config.Recipe) -> PreTrainedModel:
+def load_student(recipe: schema.Recipe) -> PreTrainedModel:
     """The recipe's model with what trains set: what model.train names, and an adapter where the recipe has one."""
     student = load(recipe, recipe.model.name)
     make_trainable(student, recipe)
     return student
 
 
-def make_trainable(student: PreTrainedModel, recipe: config.Recipe) -> None:
+def make_trainable(student: PreTrainedModel, recipe: schema.Recipe) -> None:
     settings, train = recipe.model.lora, recipe.model.train
     if settings is None:
         models.set_trainable(student, ["all"] if train is None else train)
@@ -140,7 +140,7 @@ def make_trainable(student: PreTrainedModel, recipe: config.Recipe) -> None:
 
 
 def build_sampler(
-    recipe: config.Recipe, student: PreTrainedModel, processor: Any, adapter: Adapter, engine: Engine, run: Path | None
+    recipe: schema.Recipe, student: PreTrainedModel, processor: Any, adapter: Adapter, engine: Engine, run: Path | None
 ) -> Sampler:
     part, ends = recipe.rollout, end_tokens(student, processor)
     if part.name == "hf":
@@ -168,7 +168,7 @@ def build_sampler(
     return Ahead(sampler) if part.ahead else sampler
 
 
-def build_engine(recipe: config.Recipe, student: PreTrainedModel, schedule: Callable[[int], float]) -> Engine:
+def build_engine(recipe: schema.Recipe, student: PreTrainedModel, schedule: Callable[[int], float]) -> Engine:
     """Raises ImportError without DeepSpeed where the recipe asks for it."""
     part, optim = recipe.engine, recipe.optim
     options: dict[str, Any] = optim.model_dump(include={"lr", "betas", "weight_decay", "clip"})
@@ -189,17 +189,17 @@ def build_engine(recipe: config.Recipe, student: PreTrainedModel, schedule: Call
     return DeepSpeedEngine(student, deepspeed_settings(recipe), **options)
 
 
-def deepspeed_settings(recipe: config.Recipe) -> dict[str, Any]:
+def deepspeed_settings(recipe: schema.Recipe) -> dict[str, Any]:
     part = recipe.engine
     return settings(part.zero, part.offload, part.config, dtype=recipe.model.dtype, clip=recipe.optim.clip)
 
 
-def is_sharded(recipe: config.Recipe) -> bool:
+def is_sharded(recipe: schema.Recipe) -> bool:
     """Whether no rank holds the student whole (ZeRO-3)."""
     return recipe.engine.name == "deepspeed" and deepspeed_settings(recipe)["zero_optimization"]["stage"] == 3
 
 
-def sampling(part: config.Sampling) -> Sampling:
+def sampling(part: schema.Sampling) -> Sampling:
     return Sampling(part.n, part.temperature, part.view)
 
 
@@ -208,7 +208,7 @@ def right(response: str, answer: str) -> bool:
     return bool(same_answers([(response, answer)])[0])
 
 
-def build_term(name: str, term: config.Term) -> Term:
+def build_term(name: str, term: schema.Term) -> Term:
     pieces = term.model_dump(exclude={"sampling", "view", "teacher"})
     try:
         return Term.build(**pieces)
@@ -222,7 +222,7 @@ def device(name: str) -> str:
     return f"cuda:{dist.local_rank()}" if name == "cuda" and dist.started() > 1 else name
 
 
-def prompt_limit(recipe: config.Recipe, model: PreTrainedModel) -> int:
+def prompt_limit(recipe: schema.Recipe, model: PreTrainedModel) -> int:
     """Tokens a prompt may have: what the recipe says, or what the model reads less the longest answer."""
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     return recipe.model.max_prompt_tokens or reads - recipe.rollout.max_tokens
@@ -235,14 +235,14 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> list[int]:
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
-def teachers(recipe: config.Recipe, student: PreTrainedModel) -> dict[str, PreTrainedModel]:
+def teachers(recipe: schema.Recipe, student: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """The models the recipe's terms and scorers name, besides the student itself, without gradient."""
-    here = config.teachers(recipe) - {STUDENT, *recipe.teachers}
+    here = schema.teachers(recipe) - {STUDENT, *recipe.teachers}
     return {name: teacher(recipe, name, student) for name in sorted(here)}
 
 
 def served_teacher(
-    recipe: config.Recipe, name: str, terms: dict[str, Term], adapter: Adapter, processor: Any
+    recipe: schema.Recipe, name: str, terms: dict[str, Term], adapter: Adapter, processor: Any
 ) -> ServedTeacher:
     """Asked for as many of its likeliest tokens as the terms that name it look at."""
     part, top = recipe.teachers[name], 0
@@ -267,7 +267,7 @@ def likeliest(where: str, divergence: Callable[..., Any] | None) -> int:
     return options["k"]
 
 
-def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:
+def teacher(recipe: schema.Recipe, name: str, student: PreTrainedModel) -> PreTrainedModel:
     """ "initial" and "ema" start as the student is now, and share what does not train; any other name is a folder or
     hub name to load. A LoRA student's adapter begins as nothing, so "initial" is its base."""
     sharded = is_sharded(recipe)
@@ -285,7 +285,7 @@ def teacher(recipe: config.Recipe, name: str, student: PreTrainedModel) -> PreTr
     return model
 
 
-def refuse_other_vocabulary(recipe: config.Recipe, name: str) -> None:
+def refuse_other_vocabulary(recipe: schema.Recipe, name: str) -> None:
     """A teacher reads the student's token ids. Special tokens may differ, one in a hundred at most; words may not."""
     trust = recipe.model.trust_remote_code
     tokenizers = (models.load_processor(n, trust) for n in (recipe.model.name, name))
@@ -298,17 +298,17 @@ def refuse_other_vocabulary(recipe: config.Recipe, name: str) -> None:
         )
 
 
-def load(recipe: config.Recipe, name: str) -> PreTrainedModel:
+def load(recipe: schema.Recipe, name: str) -> PreTrainedModel:
     model = recipe.model
     return models.load_model(name, model.dtype, model.trust_remote_code, device(recipe.engine.device))
 
 
-def open_shards(recipe: config.Recipe) -> tuple[Shards, Shards]:
+def open_shards(recipe: schema.Recipe) -> tuple[Shards, Shards]:
     """(training shards, shuffled without end; test shards, in order), made first where the recipe says how."""
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
-    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=config.views(recipe))
+    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=schema.views(recipe))
     return training, open_tests(recipe)
 
 
@@ -318,14 +318,14 @@ def training_pairs(parts: Parts, shards: Shards, position: int) -> Iterator[tupl
     return read_ahead(shards.pairs(adapter, position), parts.recipe.train.prompts // dist.world())
 
 
-def open_tests(recipe: config.Recipe) -> Shards:
+def open_tests(recipe: schema.Recipe) -> Shards:
     """The test shards, in order, made first where the recipe says how."""
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.test, "test", recipe.data.prepare.test)
-    return Shards(recipe.data.test, shuffle=False, views=config.views(recipe))
+    return Shards(recipe.data.test, shuffle=False, views=schema.views(recipe))
 
 
-def prepare_shards(settings: config.Prepare, folder: str, split: str, count: int) -> None:
+def prepare_shards(settings: schema.Prepare, folder: str, split: str, count: int) -> None:
     """Spoken built-in questions; shards that are there already, with the same settings, are kept."""
     if dist.rank() == 0:
         prepare(folder, "tasks", count=count, split=split, **settings.model_dump(exclude={"train", "test"}))

@@ -1,21 +1,21 @@
-"""The recipe: YAML files, merged, overridden from the command line, and checked to the last key before anything runs.
+"""From YAML to a recipe: files merged, overridden from the command line, checked to the last key before anything runs.
 
-`include:` (a list; later files win; relative to the including file) -> the file -> `key.sub=value`. The pieces of the
-objective (divergences, weights, …) are named here and looked up when the recipe is built.
+`include:` (a list; later files win; relative to the including file) -> the file -> `key.sub=value`. What a recipe may
+say is `schema.py`.
 """
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
+
+from xmodal_opd.schema import OWN, Part, Recipe, piece_name
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
-OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
-Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
 
 
 class Loader(yaml.SafeLoader):
@@ -34,176 +34,6 @@ MAY_CHANGE += ("engine.device", "engine.micro_tokens", "engine.zero", "engine.of
 SERVING = ("servers", "sync_folder", "transfer", "timeout", "retries", "concurrency", "wait")
 MAY_CHANGE += tuple(f"rollout.{key}" for key in SERVING)
 MAY_CHANGE += ("teachers.",)  # where they are
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Lora(Part):
-    """Low-rank adapters on linear layers; what they adapt rests."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)  # what the adapter adds is scaled by alpha / rank
-    targets: Literal["all-linear"] | list[str] = "all-linear"  # or ends of layer names, such as [q_proj, v_proj]
-    parts: list[str] = Field(default=["all"], min_length=1)  # where: roles or pieces of names, as in model.train
-
-
-class Model(Part):
-    name: str = "default"  # a folder, a hub name, or the small model in the package
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # roles, or pieces of names, of what moves; null: everything, or with lora nothing but the adapter
-    train: list[str] | None = Field(default=None, min_length=1)
-    lora: Lora | None = None
-    max_prompt_tokens: int | None = None  # default: what the model reads, less the longest answer
-    trust_remote_code: bool = False
-
-
-class Prepare(Part):
-    """Shards of built-in spoken questions, made on the first run and kept."""
-
-    train: int = 4000
-    test: int = 300
-    families: list[str] = ["arithmetic", "ordering", "choice"]
-    accents: list[str] = ["en-us"]
-    seed: int = 0
-    noise_snr: float | list[float] | None = None  # dB, or lowest and highest
-    reverb: float | list[float] | None = None  # seconds
-    speed: float | list[float] | None = None
-
-
-class Data(Part):
-    train: str
-    test: str
-    prepare: Prepare | None = None
-    seed: int | None = None  # of the samples' order; default: train.seed
-
-
-class Sampling(Part):
-    n: int = Field(default=1, ge=1)
-    temperature: float = Field(1.0, ge=0)  # 0 is greedy
-    view: str = "student"
-
-
-class Rollout(Part):
-    name: Literal["hf", "vllm"] = "hf"
-    max_tokens: int = Field(default=200, ge=1)
-    batch_tokens: int = Field(default=16384, ge=1)  # hf: prompt and answer tokens decoded together, padding included
-    servers: list[str] = []  # vllm: addresses such as http://127.0.0.1:8000
-    sync_folder: str | None = None  # vllm: where weights go, which all servers see; default: the run folder
-    transfer: Literal["folder", "nccl"] = "folder"  # vllm: servers read the weights there, or are sent them, GPU to GPU
-    timeout: float = Field(default=300.0, gt=0)  # vllm: seconds of one attempt
-    retries: int = Field(default=3, ge=0)  # vllm: more attempts, on whichever server is free
-    concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time
-    wait: float = Field(default=600.0, gt=0)  # vllm: seconds to wait while no server answers
-    ahead: Literal[0, 1] = 0  # vllm: 1 samples the next step's answers while this one trains; each is one update old
-    samplings: dict[str, Sampling]
-
-
-class Served(Part):
-    """A teacher behind vLLM servers, which terms and scorers then call by its name here."""
-
-    servers: list[str] = Field(min_length=1)  # addresses such as http://127.0.0.1:8000, all of them the same model
-    model: str | None = None  # as the servers call it; default: the one they serve
-    timeout: float = Field(default=300.0, gt=0)  # seconds of one attempt
-    retries: int = Field(default=3, ge=0)  # more attempts, on whichever server is free
-    concurrency: int = Field(default=64, ge=1)  # answers one server reads at a time
-    wait: float = Field(default=600.0, gt=0)  # seconds to wait while no server answers
-
-
-class Source(Part):
-    """A teacher: a model under a view. "current", "initial" and "ema" are the student's own weights."""
-
-    model: str = "current"
-    view: str = "teacher"
-
-
-class Teacher(Source):
-    stop_gradient: bool = True  # false: the student's weights also move so that its teacher view comes nearer
-
-
-class Term(Part):
-    """One loss term: a distillation term has a divergence (and a teacher), a policy term a surrogate."""
-
-    sampling: str  # the one whose rollouts it reads
-    view: str = "student"
-    teacher: Teacher = Teacher()
-    divergence: Spec | None = None
-    weights: list[Spec] = []
-    advantages: list[Spec] = []
-    surrogate: Spec | None = None
-    reduction: Spec = "sequence"
-    scale: float | Spec = 1.0
-
-
-class Judge(Part):
-    name: Spec = "match"
-    reference: Sampling | None = None  # when set, the model's own answer under this sampling is what it compares with
-
-
-class Scorer(Source):
-    divergence: bool = False  # also KL(student || this), over the whole vocabulary
-
-
-class Optim(Part):
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    schedule: Spec = "constant"
-
-
-class Engine(Part):
-    name: Literal["plain", "deepspeed"] = "plain"  # plain: one process; deepspeed: any number of ranks
-    zero: Literal[0, 1, 2, 3] | None = None  # of deepspeed; default: what `config` says, or 2
-    offload: list[Literal["optimizer", "parameters"]] = []  # what deepspeed keeps in main memory
-    config: str | None = None  # a DeepSpeed JSON file of your own
-    activation_checkpointing: bool = False  # layers run twice, and remember little; prompts are then repeated
-    device: str = "auto"  # "cpu", "cuda", or whichever there is
-    autocast: bool = False  # bfloat16 products on float32 weights
-    micro_tokens: int = Field(
-        default=16384, ge=1
-    )  # prompt and answer tokens in one forward with gradient, padding included
-    share_prefix: bool = True
-    ema_rate: float = 0.01
-
-
-class Train(Part):
-    steps: int = Field(default=100, ge=1)
-    prompts: int = Field(default=32, ge=1)  # questions a step
-    seed: int = 0
-    threads: int | None = None  # CPU threads; default: all cores
-
-
-class Eval(Part):
-    every: int = Field(default=0, ge=0)  # steps between evaluations on `during` questions; 0: only before and after
-    during: int = Field(default=100, ge=1)
-    samples: int | None = Field(default=None, ge=1)  # questions before and after; default: all
-    batch: int = Field(default=24, ge=1)
-    kl: bool = True
-
-
-class Checkpoint(Part):
-    every: int = Field(default=100, ge=1)
-    keep: int = Field(default=2, ge=1)
-
-
-class Recipe(Part):
-    name: str
-    modality: Literal["text", "audio", "vision"] = "audio"  # of the student's view: what the model must be able to read
-    model: Model = Model()
-    data: Data
-    rollout: Rollout
-    teachers: dict[str, Served] = {}
-    scoring: dict[str, Scorer] = {}
-    judge: Judge | None = None
-    objective: dict[str, Term]
-    optim: Optim = Optim()
-    engine: Engine = Engine()
-    train: Train = Train()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    run_dir: str | None = None  # default: runs/NAME-DATE
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -372,22 +202,6 @@ def check_teachers(path: str, recipe: Recipe) -> None:
             )
 
 
-def views(recipe: Recipe) -> set[str]:
-    """The views every sample must have: those the recipe names, and the two that are evaluated."""
-    asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
-    parts = (*recipe.objective.values(), *sources(recipe), *asked)
-    return {"student", "teacher", *(part.view for part in parts if part is not None)}
-
-
-def teachers(recipe: Recipe) -> set[str]:
-    """Names of the models whose numbers terms and scorers use, the student's own ("current", …) among them."""
-    return {source.model for source in sources(recipe)}
-
-
-def sources(recipe: Recipe) -> list[Source]:
-    return [*(t.teacher for t in recipe.objective.values() if t.divergence), *recipe.scoring.values()]
-
-
 def recorded(name: str) -> str | None:
     """The folder in the package with the config of a published model of that name, if there is one; a folder of one's
     own goes first."""
@@ -395,10 +209,6 @@ def recorded(name: str) -> str | None:
         return None
     folders = (root / "models" / name.rpartition("/")[2] for root in ROOTS)
     return next((str(folder) for folder in folders if (folder / "config.json").is_file()), None)
-
-
-def piece_name(spec: Spec) -> str:
-    return spec if isinstance(spec, str) else next(iter(spec), "")
 
 
 def hint(word: str, words: Sequence[str] | Mapping[str, Any]) -> str:

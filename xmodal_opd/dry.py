@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xmodal_opd import config, models
+from xmodal_opd import config, models, schema
 from xmodal_opd.build import build_term, make_trainable, refuse_ranks
 from xmodal_opd.engine.deepspeed_config import settings as deepspeed_settings
 from xmodal_opd.objective import pick
@@ -25,14 +25,14 @@ PROBE = 32  # tokens
 class Plan:
     """A recipe, its models without data, and where they go."""
 
-    recipe: config.Recipe
+    recipe: schema.Recipe
     student: PreTrainedModel
     teachers: dict[str, PreTrainedModel]
     stage: int | None  # of ZeRO; None for the plain engine
     devices: int
 
 
-def dry(recipe: config.Recipe, devices: int) -> Iterator[str]:
+def dry(recipe: schema.Recipe, devices: int) -> Iterator[str]:
     """Everything the recipe names, resolved without weights, tokenizers, data or servers; a line for each part.
 
     devices: the ranks it would run on, each with its own GPU. Raises ValueError in one sentence for what cannot be.
@@ -52,14 +52,14 @@ def dry(recipe: config.Recipe, devices: int) -> Iterator[str]:
     yield from table("sampling and evaluating", resting(plan))
 
 
-def planned(recipe: config.Recipe, devices: int) -> Plan:
+def planned(recipe: schema.Recipe, devices: int) -> Plan:
     student = shape(recipe, recipe.model.name)
     make_trainable(student, recipe)
-    others = sorted(config.teachers(recipe) - {*config.OWN, *recipe.teachers})
+    others = sorted(schema.teachers(recipe) - {*schema.OWN, *recipe.teachers})
     return Plan(recipe, student, {name: shape(recipe, name) for name in others}, zero(recipe), devices)
 
 
-def shape(recipe: config.Recipe, name: str) -> PreTrainedModel:
+def shape(recipe: schema.Recipe, name: str) -> PreTrainedModel:
     """The model without data: from the config recorded in the package where there is one, else from its own."""
     return models.empty_model(config.recorded(name) or name, recipe.model.dtype)
 
@@ -85,7 +85,7 @@ def size(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def tokens(recipe: config.Recipe) -> Iterator[str]:
+def tokens(recipe: schema.Recipe) -> Iterator[str]:
     """How many tokens a step samples and reads, at most."""
     questions, longest = recipe.train.prompts, recipe.rollout.max_tokens
     samplings = recipe.rollout.samplings
@@ -97,7 +97,7 @@ def tokens(recipe: config.Recipe) -> Iterator[str]:
     yield f"           {answers} answers of at most {longest} tokens, {answers * longest:,} in all{prompts}"
 
 
-def zero(recipe: config.Recipe) -> int | None:
+def zero(recipe: schema.Recipe) -> int | None:
     """The ZeRO stage, None for the plain engine. Raises ValueError for settings that DeepSpeed would refuse."""
     how = recipe.engine
     if how.name == "plain":
@@ -141,7 +141,7 @@ def held(plan: Plan) -> dict[str, float]:
     (arXiv 1910.02054 §5, with gradients summed in float32)."""
     moving, stage, aside = trainable(plan.student), plan.stage or 0, plan.recipe.engine.offload
     moments, gradients, weights = (plan.devices if stage >= first else 1 for first in (1, 2, 3))
-    copies = config.teachers(plan.recipe) & ({"ema"} if plan.recipe.model.lora else {"initial", "ema"})
+    copies = schema.teachers(plan.recipe) & ({"ema"} if plan.recipe.model.lora else {"initial", "ema"})
     return {
         "weights": 0.0 if "parameters" in aside else size(plan.student) / weights,
         "gradients": 4.0 * moving / gradients,

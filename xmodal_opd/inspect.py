@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from xmodal_opd import checkpoint, config, evaluate
+from xmodal_opd import checkpoint, evaluate, schema
 from xmodal_opd.build import Parts, build, load_student, open_tests, prepare_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
@@ -16,7 +16,7 @@ from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
 
 
-def check(recipe: config.Recipe) -> Iterator[str]:
+def check(recipe: schema.Recipe) -> Iterator[str]:
     """Build everything on the CPU, read a few samples, and run sampling, scoring and the objective once; one line
     for each. Raises as `train` would."""
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"device": "cpu"})})
@@ -38,14 +38,14 @@ def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
-        shards = Shards(data.train, views=config.views(parts.recipe))
+        shards = Shards(data.train, views=schema.views(parts.recipe))
         return [pair for _, pair in islice(shards.pairs(parts.adapter), PROBE)]
     with tempfile.TemporaryDirectory() as folder:
         prepare_shards(data.prepare, folder, "train", PROBE)
         return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
 
 
-def evaluate_only(recipe: config.Recipe, folder: str | None, output: str) -> list[dict[str, Any]]:
+def evaluate_only(recipe: schema.Recipe, folder: str | None, output: str) -> list[dict[str, Any]]:
     """Records of the recipe's test questions under its model, or under a checkpoint or exported folder; kept at
     `output`."""
     recipe = of_checkpoint(recipe, folder)
@@ -62,7 +62,7 @@ def evaluate_only(recipe: config.Recipe, folder: str | None, output: str) -> lis
     return records
 
 
-def export(recipe: config.Recipe, folder: str | None, output: str) -> None:
+def export(recipe: schema.Recipe, folder: str | None, output: str) -> None:
     """Write the recipe's model, or its checkpoint at `folder`, as a plain Hugging Face folder, its adapter merged.
 
     Raises ValueError when `output` is there already.
@@ -76,7 +76,7 @@ def export(recipe: config.Recipe, folder: str | None, output: str) -> None:
     checkpoint.export(student, load_processor(recipe.model.name, recipe.model.trust_remote_code), Path(output))
 
 
-def of_checkpoint(recipe: config.Recipe, folder: str | None) -> config.Recipe:
+def of_checkpoint(recipe: schema.Recipe, folder: str | None) -> schema.Recipe:
     """The recipe for a checkpoint: a whole model takes the place of the recipe's, an adapter joins it.
 
     Raises ValueError when the folder holds an adapter and the recipe has none.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from xmodal_opd import checkpoint, config, dist, evaluate, report
+from xmodal_opd import checkpoint, config, dist, evaluate, report, schema
 from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
 from xmodal_opd.data import dealt
 from xmodal_opd.metrics import Record, recording
@@ -26,7 +26,7 @@ PROBE = 4  # questions
 PATIENCE = 3  # steps in a row without a finite gradient
 
 
-def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> dict[str, Any]:
+def train(recipe: schema.Recipe, *, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Run a recipe to its end in its run folder; returns the summary. With `resume`, go on from its last checkpoint.
 
     Every process of a launch by torchrun or deepspeed calls this; rank 0 alone writes the run folder and prints.
@@ -40,7 +40,7 @@ def train(recipe: config.Recipe, *, resume: bool = False, command: str = "") -> 
         return train_here(recipe, resume, command, began)
 
 
-def train_here(recipe: config.Recipe, resume: bool, command: str, began: float) -> dict[str, Any]:
+def train_here(recipe: schema.Recipe, resume: bool, command: str, began: float) -> dict[str, Any]:
     run = dist.decided(run_folder(recipe, resume))
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     torch.manual_seed(recipe.train.seed)
@@ -156,7 +156,7 @@ def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
 # ---- the run folder
 
 
-def run_folder(recipe: config.Recipe, resume: bool) -> Path:
+def run_folder(recipe: schema.Recipe, resume: bool) -> Path:
     """The recipe's run_dir, or runs/NAME-DATE. Raises ValueError when it holds a run and this is not its resumption."""
     if recipe.run_dir is None and resume:
         runs = sorted(Path("runs").glob(f"{recipe.name}-*/checkpoints/latest"), key=lambda p: p.stat().st_mtime)
