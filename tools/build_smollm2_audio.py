@@ -45,6 +45,7 @@ class Lesson:
 LESSONS = {
     "hearing": Lesson(12000, 2000, 1.5e-3, 0.2, 24.0),
     "reading": Lesson(3000, 500, 1.5e-3, 3.0, 24.0),  # nearer, for a model that never met anything but embeddings
+    "nearer": Lesson(4000, 1500, 1.5e-3, 3.0, 24.0),
 }
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
