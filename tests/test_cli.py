@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools import serve_vllm
 from xmodal_opd.cli import main
 
 
@@ -66,3 +69,17 @@ def test_programs_say_what_they_take():
     assert b"train" in subprocess.run(command, check=True, capture_output=True).stdout
     tool = Path(__file__).parents[1] / "tools" / "prepare_shards.py"
     assert b"reshard" in subprocess.run([sys.executable, tool, "--help"], check=True, capture_output=True).stdout
+
+
+def test_overrides_may_stand_behind_options(capsys):
+    assert main(["check", "cord_audio", "--dry", "--devices", "1", "optim.lr=3e-3", "optim.schedule=nothing"]) == 1
+    assert "unknown schedule 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["check", "cord_audio", "--dry", "--device", "1", "train.steps=1", "--stesp"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_what_follows_two_dashes_is_vllms():
+    own, more = serve_vllm.split(["default", "--servers", "2", "--", "--dtype", "float32"])
+    assert serve_vllm.parser().parse_args(own).servers == 2
+    assert more == ["--dtype", "float32"]

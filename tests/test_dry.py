@@ -54,14 +54,13 @@ def test_activations_counted_without_data_are_those_a_real_run_keeps():
     assert dry.remembered(empty, 32) == pytest.approx(dry.remembered(real, 32, "cpu"), rel=0.05)
 
 
-def test_lora_trains_little_and_its_initial_teacher_costs_nothing():
-    more = ["model.lora={rank: 64}", "model.train=null", "objective.tokens.teacher.model=initial"]
-    told = "\n".join(dry.dry(config.load(str(CONFIGS / "cord_qwen2_audio_7b.yaml"), more), 4))
-    student = build(config.load(str(CONFIGS / "cord_audio.yaml"), ["model.lora={}", "model.train=null"])).student
-    shape = models.empty_model("default")
-    dry.make_trainable(shape, config.load(str(CONFIGS / "cord_audio.yaml"), ["model.lora={}", "model.train=null"]))
-    assert dry.trainable(shape) == dry.trainable(student)
-    assert "teachers" not in told
+def test_lora_trains_what_the_shape_says_and_its_initial_teacher_costs_nothing_below_zero_3():
+    lora = ["model.lora={rank: 8}", "model.train=null", "objective.tokens.teacher.model=initial"]
+    student = build(config.load(str(CONFIGS / "cord_audio.yaml"), lora)).student
+    plan = dry.planned(config.load(str(CONFIGS / "cord_audio.yaml"), lora), 1)
+    assert dry.trainable(plan.student) == dry.trainable(student)
+    teachers = [dry.held(replace(plan, stage=stage))["teachers"] for stage in (None, 2, 3)]
+    assert teachers == [0, 0, dry.size(plan.student)]
 
 
 @pytest.mark.parametrize(

@@ -282,3 +282,23 @@ def test_a_proxy_of_the_environment_does_not_stand_before_loopback(monkeypatch: 
     with running(Fake()) as fake:
         local = Servers([f"http://localhost:{fake.port}"], wait=5.0)
         assert names(post_all(local, 1)) == {"a": 1} and names(post_all(servers(fake), 1)) == {"a": 1}
+
+
+def test_a_session_notices_the_return_of_a_server_that_another_session_set_aside():
+    async def main(pool: Servers) -> list[Any]:
+        async with pool.session() as one, pool.session() as other:
+            await asyncio.gather(one.settle(), other.settle())
+            pool.all[0].set_aside("another session found it gone")
+            return [await other.post("/ask", 1), await one.post("/ask", 2)]
+
+    with running(Fake("a")) as fake:
+        assert len(asyncio.run(main(servers(fake, wait=5.0)))) == 2
+
+
+def test_an_address_that_is_none_ends_the_wait_with_its_reason():
+    async def main(pool: Servers) -> None:
+        async with pool.session() as session:
+            await asyncio.wait_for(session.settle(), 10)
+
+    with pytest.raises(ValueError, match="http://h:abc cannot be asked"):
+        asyncio.run(main(Servers(["http://h:abc"])))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Start vLLM servers that `rollout.name: vllm` can use, on this machine alone, and stop them with Ctrl-C.
 
-    python tools/serve_vllm.py MODEL --servers 2
+    python tools/serve_vllm.py MODEL --servers 2 -- --dtype float32
     xmodal-opd train RECIPE rollout.name=vllm 'rollout.servers=[http://127.0.0.1:8000, http://127.0.0.1:8001]'
 
 MODEL is what the recipe trains: a folder, a hub name, or "default" for the small model in the package. What follows
@@ -12,7 +12,6 @@ MODEL is what the recipe trains: a folder, a hub name, or "default" for the smal
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -24,25 +23,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+from huggingface_hub import snapshot_download
 
 if __package__ in (None, ""):  # run as a program, not from its package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.install_vllm import default_folder, install
 from xmodal_opd.checkpoint import WHOLE, as_served
-from xmodal_opd.models import folder_of, is_tied
+from xmodal_opd.models import folder_of, is_tied, load_config
 
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; without it vLLM takes half of the memory
 
 
 def main() -> int:
-    arguments = parser().parse_args()
+    own, more = split(sys.argv[1:])
+    arguments = parser().parse_args(own)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # servers end with this program, however it ends
+        signal.signal(number, interrupt)
     ports = range(arguments.port, arguments.port + arguments.servers)
     servers: list[subprocess.Popen[bytes]] = []
     try:
         python = arguments.python or install(arguments.folder)
         with tempfile.TemporaryDirectory() as folder:
             model = servable(arguments.model, Path(folder) / "model")
-            servers += [start(python, model, port, arguments.vllm, gpu=i) for i, port in enumerate(ports)]
+            servers += [start(python, model, port, more, gpu=i) for i, port in enumerate(ports)]
             for server, port in zip(servers, ports, strict=True):
                 wait(server, port, arguments.patience)
             print(f"rollout.servers=[{', '.join(f'http://127.0.0.1:{port}' for port in ports)}]", flush=True)
@@ -50,7 +53,7 @@ def main() -> int:
                 server.wait()
     except KeyboardInterrupt:
         pass
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         print(f"serve_vllm: {error}", file=sys.stderr)
         return 1
     finally:
@@ -59,14 +62,22 @@ def main() -> int:
     return 0
 
 
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those behind `--`, which are vLLM's."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def servable(model: str, folder: Path) -> str:
     """`model` for vLLM's command line: a copy of it in `folder` where its form must change, see `as_served`."""
-    path = Path(folder_of(model))
-    if not path.is_dir():
-        return model
-    config = json.loads((path / "config.json").read_text())
+    path, config = Path(folder_of(model)), load_config(folder_of(model))
     if not (is_tied(config) or config["architectures"][0] in WHOLE):
-        return str(path)
+        return str(path) if path.is_dir() else model
+    path = path if path.is_dir() else Path(snapshot_download(model))
     shutil.copytree(path, folder)
     as_served(folder)
     return str(folder)
@@ -80,7 +91,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--python", type=Path, help="of an environment with vLLM; default: the one of install_vllm.py")
     top.add_argument("--folder", type=Path, default=default_folder(), help=argparse.SUPPRESS)
     top.add_argument("--patience", type=float, default=600.0, help="seconds to wait for a server (default: 600)")
-    top.add_argument("vllm", nargs="*", metavar="-- ...", help="more arguments for vLLM, such as --max-model-len 4096")
     return top
 
 

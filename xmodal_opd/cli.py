@@ -10,7 +10,12 @@ OVERRIDES = "key.sub=value, such as train.steps=20 or run_dir=runs/mine"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 cannot be run (one sentence says why), 2 wrong usage, 130 or 143 stopped."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option
+        arguments.overrides += rest
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

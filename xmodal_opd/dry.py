@@ -141,13 +141,20 @@ def held(plan: Plan) -> dict[str, float]:
     (arXiv 1910.02054 §5, with gradients summed in float32)."""
     moving, stage, aside = trainable(plan.student), plan.stage or 0, plan.recipe.engine.offload
     moments, gradients, weights = (plan.devices if stage >= first else 1 for first in (1, 2, 3))
-    copies = schema.teachers(plan.recipe) & ({"ema"} if plan.recipe.model.lora else {"initial", "ema"})
     return {
         "weights": 0.0 if "parameters" in aside else size(plan.student) / weights,
         "gradients": 4.0 * moving / gradients,
         "moments and masters": 0.0 if "optimizer" in aside else (12.0 if stage else 8.0) * moving / moments,
-        "teachers": float(sum(map(size, plan.teachers.values())) + len(copies) * moving * plan.student.dtype.itemsize),
+        "teachers": float(sum(map(size, plan.teachers.values())) + copied(plan)),
     }
+
+
+def copied(plan: Plan) -> int:
+    """Bytes of the student's copies that teach: what trains of it; nothing where an adapter is put off; the whole of it
+    at ZeRO-3, where ranks hold parts that no copy can share."""
+    own, moving = schema.teachers(plan.recipe), trainable(plan.student) * plan.student.dtype.itemsize
+    initial = size(plan.student) if plan.stage == 3 else 0 if plan.recipe.model.lora else moving
+    return initial * ("initial" in own) + moving * ("ema" in own)
 
 
 def activations(plan: Plan) -> float:

@@ -27,7 +27,13 @@ SHOWN = {  # on the console: the metrics it may stand for, best first ("distill/
     "student": (("eval/student_accuracy", "student_accuracy"), "{:.1%}"),
 }
 
-SUMMED = ("loss", "distill/", "num_tokens", "judge_failures")  # over ranks: each has its share of these
+SUMMED = (
+    "loss",
+    "distill/",
+    "num_tokens",
+    "judge_failures",
+    "teacher_failures",
+)  # over ranks: each has its share of these
 
 
 class Metrics(AbstractContextManager["Metrics"]):

@@ -55,7 +55,7 @@ def check_sampler(model: PreTrainedModel, responses: Responses, rollouts: Sequen
     if not gap <= limit:  # a NaN disagrees, too
         raise RuntimeError(
             f"sampler and training forward disagree on the same tokens: log-probs differ by {gap:.2g}, over {limit:g}; "
-            "the prompt or its media are not the same on both sides"
+            "the prompt or its media are not the same on both sides, or servers compute in another dtype (--dtype)"
         )
     return gap
 

@@ -192,7 +192,7 @@ class Session:
                 check(reply)
             return reply
         except Failure as failure:
-            if failure.again and server.up:
+            if failure.again:
                 server.set_aside(str(failure))
                 self.probe(server)
             detail = f": {failure.detail}" if failure.detail else ""
@@ -220,6 +220,9 @@ class Session:
             room = [server for server in up if self.busy[server.url] < self.servers.concurrency]
             if room:
                 return min(room, key=lambda s: (self.busy[s.url], self.given[s.url]))
+            for server in self.servers.all:
+                if not server.up:  # another session may have set it aside
+                    self.probe(server)
             deadline = None if up else deadline or asyncio.get_running_loop().time() + self.servers.wait
             try:
                 async with asyncio.timeout_at(deadline):
@@ -255,6 +258,8 @@ class Session:
             server.why = str(failure)
         except ValueError as error:
             self.refused = error
+        except Exception as error:  # whatever it is, who waits for this server must hear of it
+            self.refused = ValueError(f"{server.url} cannot be asked: {error!r}")
         self.tried.add(server.url)
         self.change.set()
         return server.up or self.refused is not None

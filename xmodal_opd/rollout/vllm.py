@@ -125,14 +125,10 @@ class VLLMSampler:
         """Raises ValueError when its log-probs would not be those of the policy at temperature 1, or, where it can be
         seen, when its head would not follow the weights."""
         info = await described(session, server)
-        mode, folder = info["model_config"]["logprobs_mode"], Path(info["model_config"]["model"])
+        mode, folder = info["model_config"]["logprobs_mode"], info["model_config"]["model"]
         if mode != "raw_logprobs":
             raise ValueError(f"{server.url} reports {mode}; start it with --logprobs-mode raw_logprobs")
-        if (
-            "cpu" in str(info["device_config"])
-            and (folder / "config.json").is_file()
-            and is_tied(load_config(str(folder)))
-        ):
+        if "cpu" in str(info["device_config"]) and seen_tied(folder):
             raise ValueError(
                 f"{server.url} serves {folder}, whose head is tied to its embeddings: vLLM on CPU would keep the old "
                 "head when weights change; start it by tools/serve_vllm.py, which gives the head weights of its own"
@@ -214,6 +210,14 @@ class VLLMSampler:
         tokens = choice["token_ids"]
         logps = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         return Rollout(pair, tokens, logps, self.adapter.decode(tokens), tokens[-1] in self.eos, group, prompt)
+
+
+def seen_tied(model: str) -> bool:
+    """Whether a folder or hub name has a tied head; False where its config is out of reach."""
+    try:
+        return is_tied(load_config(model))
+    except ValueError:
+        return False
 
 
 async def described(session: Session, server: Server) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def self_judge(ask: Ask | None = None, *, to: Target | None = None) -> Reward:
 
     def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
         questions = _questions("self", to, prompts, completions, columns)
-        todo = list(dict.fromkeys(q for q in questions if q is not None))
-        told = dict(zip(todo, map(verdict, ask(todo) if todo else []), strict=True))
+        todo = list(dict.fromkeys(q for q in questions if q is not None))  # none: other ranks may have some, and wait
+        told = dict(zip(todo, map(verdict, ask(todo)), strict=True))
         return [0.0 if q is None else _decided(told[q], "reply is neither 1 nor 0", fail) for q in questions]
 
     return reward
