@@ -169,6 +169,7 @@ def main(recipe: str, folder: str, *tasks: str) -> None:
         dist.gather(None)
         TASKS[name](recipe, place, *(o for o in overrides if not o.startswith("in=")))
         dist.say(f"{task}: done")
+    dist.leave()
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def train(arguments: argparse.Namespace) -> int:
     if dist.rank() == 0:
         report.print_summary(summary)
         print(f"run folder: {summary['run_dir']}")
+    dist.leave()
     return 0
 
 

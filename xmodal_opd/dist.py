@@ -41,6 +41,13 @@ def join(device: str) -> None:
         dist.init_process_group(backend, timeout=TIMEOUT)
 
 
+def leave() -> None:
+    """Dissolve the group, once all ranks are done: one that merely ended could be taken for lost by the others."""
+    if dist.is_initialized():
+        gather(None)
+        dist.destroy_process_group()
+
+
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
