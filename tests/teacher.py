@@ -80,6 +80,7 @@ class Quiet(ThreadingHTTPServer):
     """Says nothing of those who hang up: they found an error in another reply."""
 
     daemon_threads = True
+    request_queue_size = 128  # all of a step knock at once, on a busy machine
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
