@@ -41,7 +41,7 @@ def test_a_recipe_is_found_by_its_name_alone():
         ("objective.tokens.weigths=[]", r"unknown key 'objective.tokens.weigths' \(did you mean 'weights'\?\)"),
         ("objective.tokens.sampling=tokns", r"did you mean 'tokens'.*rollout.samplings has: tokens, sequences"),
         ("optim.lr=fast", "'optim.lr' is 'fast'"),
-        ("judge=null", "uses the advantage 'reward', but the recipe has no judge"),
+        ("judge=null", "uses 'reward', which reads the reward, but the recipe has no judge"),
         ("train.steps", "cannot read 'train.steps' as an override"),
         ("engine.name=deepsped", "'engine.name' is 'deepsped'"),
     ],

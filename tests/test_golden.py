@@ -1,6 +1,6 @@
 """One hand-checkable number per piece. Contract tests find broken shapes; these find wrong formulas."""
 
-from math import cos, exp, log, nan, pi, sqrt
+from math import cos, e, exp, log, nan, pi, sqrt
 
 import pytest
 import torch
@@ -101,6 +101,9 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
     ("position_decay", {"half_life": 1.0}, {}, [1, 0.5, 0.25, 1]),
     ("prefix", {"tokens": 2}, {}, [1, 1, 0, 1]),
+    # one of two is correct: d = 1/2
+    ("dads", {}, {"reward": [1.5, 0.5]}, [1 - exp(-e / 2)] * 3 + [1]),
+    ("dads", {"form": "exponential", "positive": "correct"}, {"reward": [0.5, 1.0]}, [1, 1, 1, exp(-e / 2)]),
     # the trainer finds the three tokens 8, 1 and ½ times as likely as the sampler: 4 in all, ∛4 on average; and ¼
     ("tis", {}, {"sampler_logp": RATIOS}, [2, 1, 0.5, 0.25]),
     ("tis", {"cap": 3.0, "level": "sequence"}, {"sampler_logp": RATIOS}, [3, 3, 3, 0.25]),
@@ -149,6 +152,9 @@ ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
     ("leave_one_out", {}, {}, [[1.0] * 3, [3.0, 99.0, 99.0]], [-2, -2, -2, 2]),
     ("leave_one_out", {}, {}, [[2.0] * 3, [nan] * 3], [2, 2, 2, nan]),
     ("discount", {"gamma": 0.5}, {}, [[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]], [3, 4, 4, 8]),
+    # the wrong answer has three tokens, the right one has one: two too many
+    ("stcr", {"base": 2.0}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1.75, 7, 6]),
+    ("stcr", {"base": 2.0, "on": "negative"}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1, 4, 6]),
     ("clip", {"limit": 2.0}, {}, [[-9.0, 1.0, 9.0], [0.0, 0.0, 0.0]], [-2, 1, 2, 0]),
 ]
 
@@ -264,6 +270,42 @@ def test_cord_sequence_loss(surrogate):
     a = torch.tensor([0.5, -0.5, -0.5, 0.5], dtype=torch.float64)
     (wanted,) = torch.autograd.grad(-(a * (logp * mask).sum(1)).sum() / 4, logp)
     torch.testing.assert_close(slope, wanted)
+
+
+APO_ACCURACY, APO_FORMAT = (1, 1, 0, 0, 0, 0, 1, 0), (0.5, 0.5, 0.5, 0, 0.5, 0, 0, 0.5)
+APO_LENGTHS = (300, 500, 900, 200, 4096, 450, 400, 401)
+
+
+def test_apo_on_a_group_of_eight():
+    """arXiv:2506.21655, its code: three of eight are correct, d = .625; the correct have 400 tokens on average."""
+    mask = torch.arange(4096)[None] < torch.tensor(APO_LENGTHS)[:, None]
+    reward = torch.tensor(APO_ACCURACY) + torch.tensor(APO_FORMAT)
+    batch = TokenBatch(mask, torch.zeros(8).long(), torch.zeros(mask.shape), Scores(reward=reward))
+    grpo = Term.build(advantages=["reward", {"group_normalize": {"eps": 1e-9}}], surrogate="ppo_clip")
+    plain = [1.368150, 1.368150, -0.315727, -1.157666, -0.315727, -1.157666, 0.526212, -0.315727]
+    assert grpo.judge(batch).advantage[:, 0].tolist() == pytest.approx(plain, abs=6e-7)
+    shaped = Term.build(advantages=["reward", {"group_normalize": {"eps": 1e-9}}, "stcr"], surrogate="ppo_clip")
+    omega_a = [1.368150, 1.368150, -0.317302, -1.157666, -0.327183, -1.158244, 0.526212, -0.315730]
+    advantage = shaped.judge(batch).advantage
+    assert advantage[:, 0].tolist() == pytest.approx(omega_a, abs=6e-7)
+    assert (advantage == torch.where(mask, advantage[:, :1], 0)).all()
+    omega = ADVANTAGES["stcr"](batch, torch.ones(mask.shape, dtype=torch.float64))[:, 0]
+    assert omega.tolist() == pytest.approx([1, 1, 1.004987, 1, 1.036285, 1.000500, 1, 1.000010], abs=6e-7)
+    kappa = WEIGHTS["dads"](batch)
+    assert kappa[:, 0].tolist() == pytest.approx([0.639173, 0.639173, 1, 1, 1, 1, 0.639173, 1], abs=6e-7)
+
+
+F_SATURATING = (0.2881, 0.4932, 0.6392, 0.7431, 0.8171, 0.8698, 0.9073)
+F_EXPONENTIAL = (0.0927, 0.1302, 0.1829, 0.2569, 0.3608, 0.5068, 0.7119)
+
+
+@pytest.mark.parametrize("form, values", [("saturating", F_SATURATING), ("exponential", F_EXPONENTIAL)])
+def test_dads_of_one_to_seven_correct_in_eight(form, values):
+    for right, value in enumerate(values, 1):
+        reward = torch.tensor([1.0] * right + [0.0] * (8 - right))
+        batch = TokenBatch(torch.ones(8, 1).bool(), torch.zeros(8).long(), torch.zeros(8, 1), Scores(reward=reward))
+        kappa = WEIGHTS["dads"](batch, form=form)[:, 0].tolist()
+        assert kappa == pytest.approx([value] * right + [1] * (8 - right), abs=6e-5)
 
 
 def test_every_piece_has_a_number():

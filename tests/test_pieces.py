@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from xmodal_opd.objective import Term, pick, rows
-from xmodal_opd.objective.advantages import ADVANTAGES, unjudged
+from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.groups import difficulty, unjudged
 from xmodal_opd.objective.reductions import REDUCTIONS
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.surrogates import SURROGATES
 from xmodal_opd.objective.weights import ROW_WEIGHTS, WEIGHTS, tip_axes
+from xmodal_opd.schema import REWARDED
 from xmodal_opd.types import Scores, TokenBatch
 
 B, T, V = 4, 6, 9
@@ -302,6 +304,65 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
     torch.testing.assert_close(ADVANTAGES["leave_one_out"](batch, reward[:, None])[:, 0], reward - others)
 
 
+def outcomes(rewards, groups, lengths) -> TokenBatch:
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    logp = torch.zeros(mask.shape, dtype=torch.float64)
+    return TokenBatch(mask, torch.tensor(groups), logp, Scores(reward=torch.tensor(rewards, dtype=torch.float64)))
+
+
+def omega(batch: TokenBatch, **options) -> list[float]:
+    """Of each response, where every advantage is negative."""
+    return (-ADVANTAGES["stcr"](batch, -torch.ones_like(batch.student_logp), base=1.1, **options)[:, 0]).tolist()
+
+
+def test_a_group_that_is_all_right_or_all_wrong_is_not_shaped_by_apo():
+    batch = outcomes([1, 1.5, 1, 0, 0.5, 0.5], [0, 0, 0, 1, 1, 1], [1, 2, 9, 1, 2, 9])
+    assert omega(batch) == [1] * 6 and difficulty(batch).tolist() == [0] * 3 + [1] * 3
+    for form in ("saturating", "exponential"):
+        for positive in ("advantage", "correct"):
+            assert (WEIGHTS["dads"](batch, form=form, positive=positive) == 1).all()
+
+
+def test_apo_treats_groups_of_any_size_and_order_apart():
+    rewards, groups, lengths = [1, 0, 0, 1, 1, 0.5, 0], [5, 2, 5, 2, 2, 9, 9], [2, 8, 4, 2, 4, 9, 1]
+    batch = outcomes(rewards, groups, lengths)
+    assert omega(batch) == pytest.approx([1, 2 - 1.1**-5, 2 - 1.1**-2, 1, 1, 1, 1])
+    assert difficulty(batch).tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 2, 1 / 3, 1 / 3, 1, 1])
+    assert omega(outcomes([1.0], [0], [3])) == omega(outcomes([0.0], [0], [3])) == [1]
+
+
+def test_format_alone_may_be_an_advantage_but_never_right():
+    """One of four is right without format, one has the format alone: above the mean of .5 and longer than the right."""
+    batch = outcomes([1, 0.75, 0, 0], [0] * 4, [2, 5, 1, 1])
+    kappa = [WEIGHTS["dads"](batch, positive=p)[:, 0].lt(1).tolist() for p in ("advantage", "correct")]
+    assert kappa == [[True, True, False, False], [True, False, False, False]]
+    adv = torch.tensor([[0.5], [0.25], [-1], [-1]]).expand(4, 5)
+    scaled = [ADVANTAGES["stcr"](batch, adv, base=1.1, on=on)[1, 0] for on in ("wrong", "negative")]
+    assert torch.stack(scaled).tolist() == pytest.approx([0.25 * (2 - 1.1**-3), 0.25])
+
+
+def test_apo_leaves_the_undecided_out():
+    batch = outcomes([1, nan, 0, 0], [0] * 4, [2, 90, 5, 1])
+    without = rows(batch, torch.tensor([0, 2, 3]))
+    assert omega(batch)[1] == 1 and difficulty(batch).tolist() == pytest.approx([2 / 3] * 4)
+    assert [omega(batch)[i] for i in (0, 2, 3)] == omega(without)
+    kappa = WEIGHTS["dads"](batch)[:, 0]
+    assert kappa[1] == 1 and kappa[[0, 2, 3]].tolist() == WEIGHTS["dads"](without)[:, 0].tolist()
+    silent = outcomes([nan] * 3, [0, 0, 1], [1, 2, 3])
+    assert omega(silent) == [1] * 3 and (WEIGHTS["dads"](silent) == 1).all()
+
+
+@pytest.mark.parametrize("name, piece", [*ADVANTAGES.items(), *WEIGHTS.items()], ids=[*ADVANTAGES, *WEIGHTS])
+def test_pieces_that_read_the_reward_are_known_for_it(name, piece, batch):
+    without = replace(batch, scores=Scores({k: v for k, v in batch.scores.items() if k != "reward"}))
+    inputs = (without, batch.student_logp) if name in ADVANTAGES else (without,)
+    if name in REWARDED:
+        with pytest.raises(KeyError, match="no scorer computed 'reward'"):
+            piece(*inputs)
+    else:
+        piece(*inputs)
+
+
 @pytest.mark.parametrize("name", SURROGATES)
 def test_surrogate_is_reinforce_when_on_policy(name, batch):
     logp, adv = batch.student_logp.clone().requires_grad_(), random(B, T, seed=3)
@@ -363,6 +424,8 @@ TERMS = [
     {"divergence": "reverse_kl", "weights": ["student_entropy"], "scale": 0.5},
     {"surrogate": "ppo_clip", "advantages": ["reward", "group_normalize"], "weights": ["position_decay"]},
     {"surrogate": "gspo", "advantages": ["reward", "leave_one_out"], "reduction": "sequence_token_mean"},
+    {"divergence": "reverse_kl", "weights": ["dads"], "reduction": "sequence_token_mean"},
+    {"surrogate": "ppo_clip", "advantages": ["reward", "group_normalize", "stcr"], "reduction": "token"},
 ]
 
 

@@ -113,9 +113,7 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
         engine=engine,
         samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
         judge=None if recipe.judge is None else build_judge(recipe.judge.name, partial(ask, sampler, adapter)),
-        judged=frozenset(
-            t.sampling for t in recipe.objective.values() if "reward" in map(schema.piece_name, t.advantages)
-        ),
+        judged=frozenset(schema.judged(recipe)),
         reference=sampling(recipe.judge.reference) if recipe.judge and recipe.judge.reference else None,
         right=right,
         vocab=len(getattr(processor, "tokenizer", processor)),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xmodal_opd.schema import OWN, Part, Recipe, piece_name
+from xmodal_opd.schema import OWN, Part, Recipe, judged
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
 
@@ -177,11 +177,12 @@ def check_references(path: str, recipe: Recipe) -> None:
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     check_teachers(path, recipe)
-    judged = [n for n, t in recipe.objective.items() if any(piece_name(a) == "reward" for a in t.advantages)]
+    needs = judged(recipe)
     if recipe.judge and recipe.judge.reference and recipe.judge.reference.n != 1:
         raise ValueError(f"{path}: judge.reference.n is {recipe.judge.reference.n}; the judge compares with one answer")
-    if judged and recipe.judge is None:
-        raise ValueError(f"{path}: objective.{judged[0]} uses the advantage 'reward', but the recipe has no judge")
+    if needs and recipe.judge is None:
+        piece = next(iter(needs.values()))
+        raise ValueError(f"{path}: the objective uses {piece!r}, which reads the reward, but the recipe has no judge")
 
 
 def check_teachers(path: str, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
+REWARDED = {"reward", "stcr", "dads"}  # pieces that read the judge's reward
 Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
 
 
@@ -196,6 +197,16 @@ def teachers(recipe: Recipe) -> set[str]:
 
 def sources(recipe: Recipe) -> list[Source]:
     return [*(t.teacher for t in recipe.objective.values() if t.divergence), *recipe.scoring.values()]
+
+
+def judged(recipe: Recipe) -> dict[str, str]:
+    """The samplings whose answers the judge sees, each with one piece of the objective that asks for its reward."""
+    return {
+        term.sampling: name
+        for term in recipe.objective.values()
+        for name in map(piece_name, [*term.weights, *term.advantages])
+        if name in REWARDED
+    }
 
 
 def piece_name(spec: Spec) -> str:

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodal_opd.objective.advantages import ADVANTAGES, unjudged
+from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.groups import unjudged
 from xmodal_opd.objective.reductions import REDUCTIONS
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.surrogates import SURROGATES

@@ -9,11 +9,13 @@ advantages as its value. A response without tokens does not count.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from xmodal_opd.objective.groups import correct, counts, group_statistics, group_sum
 from xmodal_opd.types import TokenBatch
 
 Advantage = Float[Tensor, "B T"]
@@ -78,27 +80,21 @@ def clip(batch: TokenBatch, adv: Advantage, *, limit: float = 5.0) -> Advantage:
     return adv.clamp(-limit, limit)
 
 
-def unjudged(batch: TokenBatch) -> Bool[Tensor, " B"]:
-    """Responses whose reward is NaN: the judge could not decide. None of them where no judge ran."""
-    rewards = batch.scores.get("reward")
-    return torch.zeros_like(batch.group, dtype=torch.bool) if rewards is None else rewards.isnan()
+def stcr(
+    batch: TokenBatch, adv: Advantage, *, base: float = 1.00001, on: Literal["wrong", "negative"] = "wrong"
+) -> Advantage:
+    """ω A: answers that are wrong and longer than the right ones of their group weigh more. APO, arXiv:2506.21655.
 
-
-def group_statistics(batch: TokenBatch, adv: Advantage) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, unbiased std (0 for one) and number of the decided responses in each response's group, each [B, 1]."""
-    tokens = batch.mask.sum(1)
-    value = torch.where(batch.mask, adv, 0).double().sum(1) / tokens.clamp(min=1)  # float32 would tell lengths apart
-    decided = (tokens > 0) & ~value.isnan()
-    group = batch.group.unique(return_inverse=True)[1]
-
-    def total(x: Tensor) -> Tensor:
-        sums = torch.zeros(len(group), dtype=torch.float64, device=group.device)
-        return sums.index_add(0, group[decided], x[decided])[group]
-
-    count = total(torch.ones_like(value))
-    mean = total(value) / count.clamp(min=1)
-    std = (total((value - mean).square()) / (count - 1).clamp(min=1)).sqrt()
-    return mean[:, None].to(adv.dtype), std[:, None].to(adv.dtype), count[:, None].to(adv.dtype)
+    ω = 2 − base^−δ where δ = L − mean length of the correct > 0, else 1; 1 where the group has none. Of the wrong, as
+    in the paper's code, also those that the format lifts above the mean; on="negative": only where A < 0.
+    Reads scores["reward"].
+    """
+    right, length = correct(batch) & counts(batch), batch.mask.sum(1)
+    number = group_sum(batch, right, right)
+    excess = length - group_sum(batch, length, right) / (number + 1e-9)
+    longer = (counts(batch) & ~right & (number > 0) & (excess > 0))[:, None]
+    omega = (2 - base ** -excess[:, None]).to(adv.dtype)
+    return torch.where(longer & (adv < 0) if on == "negative" else longer, omega * adv, adv)
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
@@ -113,5 +109,6 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
         kl_baseline,
         discount,
         clip,
+        stcr,
     )
 }

@@ -5,6 +5,7 @@ depends on that response alone, so a micro-batch may judge them: rows cut from t
 Called without gradient; values outside the mask are finite and meaningless.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from xmodal_opd.objective.groups import correct, difficulty, group_statistics
 from xmodal_opd.types import TokenBatch
 
 Weights = Float[Tensor, "B T"]
@@ -44,6 +46,25 @@ def tip_confident(batch: TokenBatch, *, keep: float = 0.1, scorer: str = "teache
     """As `tip`, scored by d·(1 − h): confident and wrong, quadrant 3 of arXiv:2604.14084 (score reconstructed)."""
     h, d = tip_axes(batch, scorer)
     return keep_per_response(d * (1 - h), batch.mask, keep)
+
+
+def dads(
+    batch: TokenBatch,
+    *,
+    form: Literal["saturating", "exponential"] = "saturating",
+    positive: Literal["advantage", "correct"] = "advantage",
+) -> Weights:
+    """κ = f(d) on positive responses, 1 on others: a hard prompt frees what succeeds on it. APO, arXiv:2506.21655.
+
+    f(d) = 1 − exp(−e (1 − d)), or exp(−e d) ("exponential", which stands in the paper's code too, put out);
+    f(0) = f(1) = 1; d: see `difficulty`. Positive: a reward above the group's mean, as in that code, so also a wrong
+    answer in the right format among worse; or only a correct one. Reads scores["reward"]; an undecided response has 1.
+    """
+    d, reward = difficulty(batch)[:, None], batch.scores["reward"][:, None]
+    f = 1 - (-math.e * (1 - d)).exp() if form == "saturating" else (-math.e * d).exp()
+    above = reward > group_statistics(batch, reward.expand(batch.mask.shape))[0]
+    shaped = (above if positive == "advantage" else correct(batch)[:, None]) & (d > 0) & (d < 1)
+    return torch.where(shaped, f, 1).to(batch.student_logp.dtype).expand(batch.mask.shape)
 
 
 def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
@@ -132,7 +153,7 @@ def places(batch: TokenBatch) -> Weights:
     return (batch.mask.cumsum(1) - 1).clamp(min=0).to(batch.student_logp.dtype)
 
 
-STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (student_entropy, tip, tip_confident)}
+STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (student_entropy, tip, tip_confident, dads)}
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, tis, mismatch_mask)
 }
