@@ -1,7 +1,7 @@
 """Questions in text, speech and images as inputs of any model that has a transformers processor and chat template."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,21 @@ from modalities.families import extractor_of, family_of, parts_of
 from modalities.vision import media as sight
 from xmodal_opd.types import Inputs, Pair, SampleError
 
+DERIVED = {  # views that are the student's with other media in their place: what becomes of a clip, and of an image
+    "blank": (sound.blank, sight.blank),
+    "degraded": (sound.degraded, sight.degraded),
+}
+
 
 class ChatAdapter:
     """Views from shards: media decoded, prompts laid out by the model's own chat template."""
 
-    def __init__(self, processor: Any, max_tokens: int, needs: str = "text"):
-        """Raises ValueError when the processor does not read what the student's views are made of: `needs`."""
+    def __init__(self, processor: Any, max_tokens: int, needs: str = "text", derive: Collection[str] = ()):
+        """derive: names of DERIVED, views made of the student's where a sample has none of that name.
+
+        Raises ValueError when the processor does not read what the student's views are made of: `needs`.
+        """
+        self.derive = sorted(derive)
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.extractor = extractor_of(processor)
@@ -38,6 +47,7 @@ class ChatAdapter:
         """Raises SampleError when media cannot be decoded or a view is longer than the model reads."""
         key = sample["__key__"]
         views = {name: self.view(key, messages, sample["media"]) for name, messages in sample["views"].items()}
+        views |= {name: derived(name, views["student"]) for name in self.derive if name not in views}
         return Pair(key, views, sample.get("answer"), sample.get("meta", {}))
 
     def view(self, key: str, messages: list[dict], media: Mapping[str, bytes]) -> Inputs:
@@ -132,3 +142,9 @@ class ChatAdapter:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def derived(name: str, view: Inputs) -> Inputs:
+    """The same prompt over other media of the same length and size, so of as many tokens."""
+    clip, image = DERIVED[name]
+    return {**view, "audio": [clip(wave) for wave in view["audio"]], "images": [image(i) for i in view["images"]]}

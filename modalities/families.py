@@ -154,6 +154,38 @@ def tiles(processor: Any, height: int, width: int) -> int:
     return (count + 1) * (processor.image_seq_len + 20)
 
 
+# ---- how many pixels an image is scaled to
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Have the image processor scale images to between `least` and `most` pixels; None leaves what it has.
+
+    Raises ValueError for a processor that scales by another rule, or bounds that leave nothing.
+    """
+    if least is most is None:
+        return
+    looks = getattr(processor, "image_processor", None)
+    low, high = pixels_of(processor, looks)
+    least, most = low if least is None else least, high if most is None else most
+    if least > most:
+        raise ValueError(f"images are to have at least {least:,} and at most {most:,} pixels; set both bounds to fit")
+    if hasattr(looks, "min_pixels"):  # the older form; a processor may have both
+        looks.min_pixels, looks.max_pixels = least, most
+    if "shortest_edge" in (looks.size or {}):
+        looks.size = type(looks.size)(shortest_edge=least, longest_edge=most)
+
+
+def pixels_of(processor: Any, looks: Any) -> tuple[int, int]:
+    """The bounds it has. What most processors call edges are edges; those that call pixels so also take min_pixels."""
+    if hasattr(looks, "min_pixels") and hasattr(looks, "max_pixels"):
+        return looks.min_pixels, looks.max_pixels
+    known = getattr(getattr(looks, "valid_kwargs", None), "__annotations__", {})
+    if "min_pixels" not in known or "max_pixels" not in known:
+        who = f"{type(processor).__name__} scales images by a rule of its own" if looks else "the model reads no images"
+        raise ValueError(f"{who}, so model.min_pixels and model.max_pixels have no meaning for it; leave them out")
+    return looks.size["shortest_edge"], looks.size["longest_edge"]
+
+
 # ---- how long a clip may be, in samples
 
 

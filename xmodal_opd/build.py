@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modalities.audio.prepare import prepare
-from modalities.chat import ChatAdapter
+from modalities.chat import DERIVED, ChatAdapter
+from modalities.families import limit_pixels
 from xmodal_opd import checkpoint, dist, lora, models, schema
 from xmodal_opd.background import read_ahead
 from xmodal_opd.data import Shards
@@ -96,8 +97,9 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
     terms = {name: build_term(name, term) for name, term in recipe.objective.items()}
     schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
     student = load_student(recipe)
-    processor = models.load_processor(recipe.model.name, recipe.model.trust_remote_code)
-    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student))
+    processor = load_processor(recipe)
+    derive = schema.views(recipe) & DERIVED.keys()
+    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student), derive=derive)
     others = teachers(recipe, student)  # copies of the student, before an engine takes its parameters apart
     engine = build_engine(recipe, student, lambda step: schedule(step, recipe.train.steps))
     sampler = build_sampler(recipe, student, processor, adapter, engine, run)
@@ -118,6 +120,14 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
         right=right,
         vocab=len(getattr(processor, "tokenizer", processor)),
     )
+
+
+def load_processor(recipe: schema.Recipe) -> Any:
+    """The model's own processor, which scales images as the recipe says."""
+    part = recipe.model
+    processor = models.load_processor(part.name, part.trust_remote_code)
+    limit_pixels(processor, part.min_pixels, part.max_pixels)
+    return processor
 
 
 def load_student(recipe: schema.Recipe) -> PreTrainedModel:
@@ -301,12 +311,18 @@ def load(recipe: schema.Recipe, name: str) -> PreTrainedModel:
     return models.load_model(name, model.dtype, model.trust_remote_code, device(recipe.engine.device))
 
 
+def views_of_shards(recipe: schema.Recipe) -> set[str]:
+    """The views every sample must have: all but those that the adapter makes where they are missing."""
+    return schema.views(recipe) - DERIVED.keys()
+
+
 def open_shards(recipe: schema.Recipe) -> tuple[Shards, Shards]:
     """(training shards, shuffled without end; test shards, in order), made first where the recipe says how."""
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
-    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=schema.views(recipe))
+    views = views_of_shards(recipe)
+    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=views)
     return training, open_tests(recipe)
 
 
@@ -320,7 +336,7 @@ def open_tests(recipe: schema.Recipe) -> Shards:
     """The test shards, in order, made first where the recipe says how."""
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.test, "test", recipe.data.prepare.test)
-    return Shards(recipe.data.test, shuffle=False, views=schema.views(recipe))
+    return Shards(recipe.data.test, shuffle=False, views=views_of_shards(recipe))
 
 
 def prepare_shards(settings: schema.Prepare, folder: str, split: str, count: int) -> None:

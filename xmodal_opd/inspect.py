@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from xmodal_opd import checkpoint, evaluate, schema
-from xmodal_opd.build import Parts, build, load_student, open_tests, prepare_shards
+from xmodal_opd.build import Parts, build, load_processor, load_student, open_tests, prepare_shards, views_of_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
-from xmodal_opd.models import load_processor
 from xmodal_opd.step import train_step
 from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
@@ -38,7 +37,7 @@ def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
-        shards = Shards(data.train, views=schema.views(parts.recipe))
+        shards = Shards(data.train, views=views_of_shards(parts.recipe))
         return [pair for _, pair in islice(shards.pairs(parts.adapter), PROBE)]
     with tempfile.TemporaryDirectory() as folder:
         prepare_shards(data.prepare, folder, "train", PROBE)
@@ -73,7 +72,7 @@ def export(recipe: schema.Recipe, folder: str | None, output: str) -> None:
     student = load_student(recipe)
     if recipe.model.lora and folder:
         checkpoint.load_weights(Path(folder), student)
-    checkpoint.export(student, load_processor(recipe.model.name, recipe.model.trust_remote_code), Path(output))
+    checkpoint.export(student, load_processor(recipe), Path(output))
 
 
 def of_checkpoint(recipe: schema.Recipe, folder: str | None) -> schema.Recipe:

@@ -33,6 +33,8 @@ class Model(Part):
     train: list[str] | None = Field(default=None, min_length=1)
     lora: Lora | None = None
     max_prompt_tokens: int | None = None  # default: what the model reads, less the longest answer
+    min_pixels: int | None = Field(default=None, ge=1)  # of an image as the model sees it, scaled; default: its own
+    max_pixels: int | None = Field(default=None, ge=1)
     trust_remote_code: bool = False
 
 
@@ -184,7 +186,7 @@ class Recipe(Part):
 
 
 def views(recipe: Recipe) -> set[str]:
-    """The views every sample must have: those the recipe names, and the two that are evaluated."""
+    """The views every question must have: those the recipe names, and the two that are evaluated."""
     asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
     parts = (*recipe.objective.values(), *sources(recipe), *asked)
     return {"student", "teacher", *(part.view for part in parts if part is not None)}

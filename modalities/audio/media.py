@@ -64,6 +64,17 @@ def _resampler(source: int, target: int) -> Resample:
     return Resample(source, target)  # its kernel costs more than a second of speech
 
 
+def blank(wave: Wave) -> Wave:
+    """Silence of the same length."""
+    return np.zeros_like(wave)
+
+
+def degraded(wave: Wave) -> Wave:
+    """A tenth of the rate, and back by repeating samples: the length stays, and of 16 kHz what lies below 800 Hz. Our
+    extension to sound of what VA-OPD, arXiv:2605.21924, does to images."""
+    return np.repeat(resample(wave, 10, 1), 10)[: len(wave)]
+
+
 def encode(wave: Wave, rate: int) -> bytes:
     """A 16-bit FLAC file; a peak above 1 is scaled down, never clipped."""
     peak = float(np.abs(wave).max(initial=0.0))

@@ -52,6 +52,18 @@ def on_white(image: Image.Image) -> Image.Image:
     return page.convert("RGB")
 
 
+def blank(image: Image.Image) -> Image.Image:
+    """Mid-grey of the same size, which takes as many tokens and says nothing."""
+    return Image.new("RGB", image.size, (128, 128, 128))
+
+
+def degraded(image: Image.Image) -> Image.Image:
+    """A tenth of the width and height by bilinear interpolation, and back to its size by repeating pixels. VA-OPD,
+    arXiv:2605.21924."""
+    small = image.resize((max(1, image.width // 10), max(1, image.height // 10)), Image.Resampling.BILINEAR)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
 def encode(image: Image.Image) -> bytes:
     """A PNG file."""
     out = io.BytesIO()
