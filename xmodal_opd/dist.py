@@ -4,7 +4,9 @@ Numbers of a step, records of an evaluation and decisions go over the CPU as Pyt
 are the engine's affair.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,10 +44,16 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Dissolve the group, once all ranks are done: one that merely ended could be taken for lost by the others."""
+    """Dissolve the group, once all ranks are done: one that merely ended could be taken for lost by the others. Several
+    processes end here, with success."""
     if dist.is_initialized():
         gather(None)
         dist.destroy_process_group()
+    if started() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # DeepSpeed's own references keep gloo's threads, which abort an interpreter that is taken apart
 
 
 def local_rank() -> int:
