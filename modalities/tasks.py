@@ -74,9 +74,13 @@ def choice(rng: random.Random) -> Question:
 FAMILIES: dict[str, Callable[[random.Random], Question]] = {f.__name__: f for f in (arithmetic, ordering, choice)}
 
 
+def held_out(instance: str) -> bool:
+    return zlib.crc32(instance.encode()) % HELD_OUT == 0
+
+
 def split_of(question: Question) -> str:
     """ "train" or "test", from the instance alone."""
-    return "test" if zlib.crc32(question.instance.encode()) % HELD_OUT == 0 else "train"
+    return "test" if held_out(question.instance) else "train"
 
 
 def questions(seed: int, split: str, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Question]:

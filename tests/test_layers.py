@@ -30,10 +30,11 @@ HOMES = {
     "pydantic": {"xmodal_opd/config.py", "xmodal_opd/schema.py"},
     "yaml": {"xmodal_opd/config.py"},
     "espeakng_loader": {"modalities/audio/speech.py"},
-    "PIL": {"modalities/vision/media.py"},
+    "PIL": {"modalities/vision/media.py", "modalities/vision/draw.py"},
     "httpx": {"xmodal_opd/serving.py"},
     "peft": {"xmodal_opd/lora.py"},
-    "matplotlib": {"xmodal_opd/report.py"},
+    "matplotlib": {"xmodal_opd/report.py", "modalities/vision/draw.py"},
+    "sklearn": {"modalities/vision/draw.py"},
     "deepspeed": {"xmodal_opd/engine/deepspeed.py"},
 }
 SOURCES = sorted([*(ROOT / "xmodal_opd").rglob("*.py"), *(ROOT / "modalities").rglob("*.py")])
