@@ -1,6 +1,6 @@
 """One hand-checkable number per piece. Contract tests find broken shapes; these find wrong formulas."""
 
-from math import cos, e, exp, log, nan, pi, sqrt
+from math import cos, e, exp, inf, log, nan, pi, sqrt
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from xmodal_opd.objective import Term, vocab
 from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.order import order, sides
 from xmodal_opd.objective.reductions import REDUCTIONS
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.surrogates import SURROGATES
@@ -111,6 +112,10 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("mismatch_mask", {}, {"sampler_logp": RATIOS}, [0, 1, 1, 0]),
     ("mismatch_mask", {"level": "sequence"}, {"sampler_logp": RATIOS}, [1, 1, 1, 0]),
     ("mismatch_mask", {"low": 0.2, "high": 1.5, "level": "geometric"}, {"sampler_logp": RATIOS}, [0, 0, 0, 1]),
+    # |log p - log q| is 9.9, 0 and 10 in the first answer, and 11 in the second
+    ("gap_mask", {}, {"teacher_logp": [[-10.9, -2.0, -13.0], [7.0, 0.0, 0.0]]}, [1, 1, 0, 0]),
+    ("balance", {"ratio": inf}, {"reward": [1.0, 0.0], "draw": [0.5, 0.5]}, [1, 1, 1, 0]),
+    ("balance", {"ratio": 0.0}, {"reward": [1.0, 1.0], "draw": [0.5, 0.5]}, [0, 0, 0, 0]),
 ]
 
 
@@ -131,6 +136,32 @@ def test_tip_prefers_the_confidently_wrong_and_the_uncertain():
     assert soft_or == pytest.approx([1, 0.757732, 1, 0.814433], abs=1e-6)
     assert WEIGHTS["tip"](batch, keep=0.75)[0].tolist() == pytest.approx([4 / 3, 0, 4 / 3, 4 / 3])
     assert WEIGHTS["tip_confident"](batch, keep=0.75)[0].tolist() == pytest.approx([4 / 3, 4 / 3, 0, 4 / 3])
+
+
+BALANCE = [  # ratio, right, wrong, kept
+    (1.0, 3, 1, (1, 1)),
+    (1.0, 1, 3, (1, 1)),
+    (1.0, 2, 2, (2, 2)),
+    (1.0, 4, 0, (4, 0)),
+    (0.5, 4, 2, (1, 2)),
+    (0.5, 1, 4, (1, 2)),
+    (0.5, 2, 1, (2, 1)),  # half of one wrong answer is none: nothing can be done
+    (1.2, 5, 3, (3, 3)),
+    (1.2, 3, 5, (3, 2)),
+    (2.0, 1, 3, (1, 3)),  # half of one right answer is none
+    (2.0, 3, 3, (3, 1)),
+]
+
+
+@pytest.mark.parametrize("ratio, right, wrong, kept", BALANCE)
+def test_balance_keeps_so_many_answers(ratio, right, wrong, kept):
+    """arXiv:2605.03677, counted by hand; of the class that is too large those with the lowest draws go."""
+    count = right + wrong
+    reward, draw = torch.tensor([1.0] * right + [0.0] * wrong), torch.linspace(1, 0, count)
+    batch = TokenBatch(torch.ones(count, 1).bool(), torch.zeros(count).long(), torch.zeros(count, 1))
+    batch.scores.update(reward=reward, draw=draw)
+    weight = WEIGHTS["balance"](batch, ratio=ratio)[:, 0].tolist()
+    assert weight == [1] * kept[0] + [0] * (right - kept[0]) + [1] * kept[1] + [0] * (wrong - kept[1])
 
 
 ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
@@ -155,6 +186,15 @@ ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
     # the wrong answer has three tokens, the right one has one: two too many
     ("stcr", {"base": 2.0}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1.75, 7, 6]),
     ("stcr", {"base": 2.0, "on": "negative"}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1, 4, 6]),
+    # right and worth 2, wrong and worth 3: m = -1, so 1.5 are missing
+    (
+        "margin_shift",
+        {"delta": 0.5},
+        {"reward": [1.0, 0.0]},
+        [[1.0, 2.0, 3.0], [3.0, 9.0, 9.0]],
+        [1.75, 2.75, 3.75, 2.25],
+    ),
+    ("margin_mask", {}, {"reward": [1.0, 0.0]}, [[1.0, 2.0, 3.0], [3.0, 9.0, 9.0]], [1, 2, 3, 3]),
     ("clip", {"limit": 2.0}, {}, [[-9.0, 1.0, 9.0], [0.0, 0.0, 0.0]], [-2, 1, 2, 0]),
 ]
 
@@ -164,6 +204,62 @@ def test_advantage_of_four_tokens(name, options, scores, before, expected):
     batch = tiny(**scores)
     after = ADVANTAGES[name](batch, torch.tensor(before), **options)
     assert after[batch.mask].tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
+RETURNS = (-0.19, -0.11, -0.40, -0.30)  # right, wrong, right, wrong
+SHIFT = [
+    ("mean", "spread", (0.055, -0.355, -0.155, -0.545)),
+    ("mean", "lift", (0.30, -0.11, 0.09, -0.30)),
+    ("mean", "down", (-0.19, -0.60, -0.40, -0.79)),
+    ("min_max", "spread", (0.155, -0.455, -0.055, -0.645)),
+]
+
+
+def answers_worth(returns, rights, tokens=2) -> tuple[TokenBatch, torch.Tensor]:
+    """Answers to one prompt, whose tokens lie evenly around the return."""
+    adv = torch.tensor(returns)[:, None] + torch.linspace(-0.1, 0.1, tokens)
+    batch = TokenBatch(torch.ones_like(adv).bool(), torch.zeros(len(adv)).long(), torch.zeros_like(adv))
+    batch.scores["reward"] = torch.tensor(rights, dtype=torch.float32)
+    return batch, adv
+
+
+@pytest.mark.parametrize("mode, direction, expected", SHIFT)
+def test_margin_shift_of_four_answers(mode, direction, expected):
+    """arXiv:2605.03677: m = -0.09 between means and -0.29 between extremes; to 0.4 are missing 0.49 and 0.69."""
+    batch, adv = answers_worth(RETURNS, (1, 0, 1, 0))
+    after = ADVANTAGES["margin_shift"](batch, adv, delta=0.4, mode=mode, direction=direction)
+    assert after.mean(1).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+MASK = [  # returns of two right and three wrong answers, options, which stay
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 0.6}, [0, 1, 1, 1, 1]),  # .3 -> without 0: .8 (without .5: .45)
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 0.9}, [0, 1, 0, 1, 1]),  # .8 -> .95
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 9.0}, [0, 1, 0, 0, 1]),  # to the last of either side
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 9.0, "rho": 1.0}, [1, 1, 1, 1, 1]),
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 9.0, "rho": 0.7}, [0, 1, 0, 1, 1]),  # one of two and two of three stay
+    ((0.0, 1.0), (0.5, 0.2, -0.1), {"delta": 0.4, "mode": "min_max"}, [0, 1, 1, 1, 1]),  # -.5 -> .5 (or -.2)
+    ((0.4, 0.4), (0.5, 0.5, 0.5), {"delta": 0.0, "mode": "min_max"}, [1, 1, 1, 1, 1]),  # nothing helps
+    ((0.4, 0.5), (0.1, 0.1, 0.1), {"delta": 0.3}, [1, 1, 1, 1, 1]),  # .35 already
+]
+
+
+@pytest.mark.parametrize("right, wrong, options, stay", MASK)
+def test_margin_mask_of_five_answers(right, wrong, options, stay):
+    batch, adv = answers_worth((*right, *wrong), (1, 1, 0, 0, 0))
+    after = ADVANTAGES["margin_mask"](batch, adv, **options)
+    assert torch.equal(after, adv * torch.tensor(stay)[:, None])
+
+
+def test_order_of_four_groups():
+    """All right; all wrong; right .3 over wrong .2; right .1 and .5 around wrong .3, one pair of two reversed."""
+    batch, adv = answers_worth((0.7, 0.6, 0.3, 0.2, 0.1, 0.5, 0.3, 9.0), (1, 0, 1, 0, 1, 1, 0, nan))
+    batch = TokenBatch(batch.mask, torch.tensor([5, 6, 7, 7, 2, 2, 2, 2]), batch.student_logp, batch.scores)
+    assert order(sides(batch, adv)) == {
+        **dict.fromkeys(("all_right", "all_wrong", "consistent", "reversed"), 1 / 4),
+        "pair_reversal": pytest.approx(1 / 3),
+        "return_right": pytest.approx((0.7 + 0.3 + 0.1 + 0.5) / 4),
+        "return_wrong": pytest.approx((0.6 + 0.2 + 0.3) / 3),
+    }
 
 
 CLIP = {"low": 0.5, "high": 0.5}

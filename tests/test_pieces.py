@@ -11,6 +11,7 @@ from xmodal_opd.objective import Term, pick, rows
 from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
 from xmodal_opd.objective.groups import difficulty, unjudged
+from xmodal_opd.objective.order import margin, sides
 from xmodal_opd.objective.reductions import REDUCTIONS
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.surrogates import SURROGATES
@@ -46,7 +47,8 @@ def example(width: int = T) -> TokenBatch:
     mask = torch.arange(width)[None] < torch.tensor(LENGTHS)[:, None]
     reward = torch.tensor([1.0, 0.25, 0.0, 1.0], dtype=torch.float64)
     scores = {name: numbers(seed, -1 if name == "sampler_logp" else 1) for seed, name in enumerate(SCORES)}
-    return TokenBatch(mask, torch.tensor([7, 3, 3, 7]), numbers(9, sign=-1), Scores(scores, reward=reward))
+    draw = torch.tensor([0.3, 0.7, 0.2, 0.9], dtype=torch.float64)
+    return TokenBatch(mask, torch.tensor([7, 3, 3, 7]), numbers(9, sign=-1), Scores(scores, reward=reward, draw=draw))
 
 
 @pytest.fixture
@@ -290,6 +292,91 @@ def test_equal_rewards_give_exactly_no_advantage_whatever_the_lengths(reward):
     assert ADVANTAGES["group_normalize"](batch, torch.full((60, 60), reward)).abs().max() == 0
 
 
+def groups_of(count: int, size: int, seed: int = 0) -> tuple[TokenBatch, torch.Tensor]:
+    """`count` prompts with `size` answers of 1 to T tokens, right or wrong at random; and their advantages."""
+    rows = count * size
+    lengths = 1 + random(rows, seed=seed).abs().mul(3).long().clamp(max=T - 1)
+    adv = random(rows, T, seed=seed + 1)
+    batch = TokenBatch(torch.arange(T) < lengths[:, None], torch.arange(rows) % count, torch.zeros_like(adv))
+    batch.scores.update(reward=(random(rows, seed=seed + 2) > 0).double(), draw=random(rows, seed=seed + 3))
+    return batch, adv
+
+
+@pytest.mark.parametrize("direction", ["spread", "lift", "down"])
+@pytest.mark.parametrize("mode", ["mean", "min_max"])
+def test_a_margin_shift_brings_every_mixed_group_to_delta_and_touches_no_other(mode, direction):
+    batch, adv = groups_of(count=40, size=4)
+    before = margin(sides(batch, adv), mode)
+    after = ADVANTAGES["margin_shift"](batch, adv, delta=0.4, mode=mode, direction=direction)
+    low, mixed = before < 0.4, ~before.isnan()
+    assert low.any() and (before >= 0.4).any() and not mixed.all()
+    torch.testing.assert_close(margin(sides(batch, after), mode)[low], torch.full_like(before[low], 0.4))
+    assert torch.equal(after[~low], adv[~low]), "groups that are far enough apart, or of one kind, stay to the bit"
+    shift = (after - adv)[low]
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+
+
+def test_answers_without_a_verdict_are_neither_right_nor_wrong(batch):
+    batch, adv = groups_of(count=10, size=6)
+    reward = batch.scores["reward"].clone()
+    reward[::7] = nan
+    batch = replace(batch, scores=Scores(batch.scores, reward=reward))
+    decided = (~reward.isnan()).nonzero()[:, 0]
+    for chain in (["margin_shift"], [{"margin_mask": {"delta": 1.0}}]):
+        shape = pick("advantage", ADVANTAGES, chain[0])
+        after = shape(batch, adv)
+        assert torch.equal(after[::7], adv[::7]) and not torch.equal(after, adv)
+        torch.testing.assert_close(after[decided], shape(rows(batch, decided), adv[decided]))
+    weight = WEIGHTS["balance"](batch)
+    assert (weight[::7] == 1).all()
+    assert torch.equal(weight[decided], WEIGHTS["balance"](rows(batch, decided)))
+
+
+def test_balance_leaves_as_many_right_as_wrong_answers_and_chooses_by_the_draw_alone():
+    batch, _ = groups_of(count=30, size=8)
+    weight, right = WEIGHTS["balance"](batch)[:, 0], batch.scores["reward"] == 1
+    for group in range(30):
+        here = batch.group == group
+        counts = [int((weight * (here & side)).sum()) for side in (right, ~right)]
+        both = min((here & right).sum(), (here & ~right).sum()) > 0
+        assert counts[0] == counts[1] if both else sum(counts) == 8
+    back = torch.arange(240).flip(0)
+    assert torch.equal(WEIGHTS["balance"](rows(batch, back))[back][:, 0], weight)
+    other = replace(batch, scores=Scores(batch.scores, draw=-batch.scores["draw"]))
+    assert not torch.equal(WEIGHTS["balance"](other)[:, 0], weight)
+
+
+def test_answers_that_are_left_out_still_count_in_the_denominator_and_in_the_returns():
+    """The path of arXiv:2605.03677 as released: Σ over counted tokens / (all tokens of the answer) / all answers."""
+    batch, _ = groups_of(count=5, size=4)
+    batch.scores["teacher_logp"] = 8 * random(20, T, seed=8)
+    chain = ["teacher_logratio", {"margin_shift": {"delta": 0.4}}]
+    weights = ["balance", {"gap_mask": {"limit": 5.0}}]
+    term = Term.build(advantages=chain, surrogate="reinforce", weights=weights, reduction="sequence_token_mean")
+    logp = random(20, T, seed=6)
+    got = term.loss(batch, term.judge(batch), batch.student_logp + logp)
+    ratio = batch.scores["teacher_logp"] - batch.student_logp
+    adv = ADVANTAGES["margin_shift"](batch, ratio, delta=0.4)
+    kept = WEIGHTS["balance"](batch)[:, 0] == 1
+    total = 0.0
+    for row in kept.nonzero()[:, 0].tolist():
+        real = batch.mask[row] & (ratio[row].abs() < 5)
+        total -= (adv[row] * logp[row])[real].sum().item() / int(batch.mask[row].sum())
+    assert 0 < kept.sum() < 20 and (ratio.abs() >= 5)[batch.mask].any()
+    assert got.item() == pytest.approx(total / 20)
+
+
+def test_the_judge_is_asked_for_every_piece_that_reads_its_reward(batch):
+    for name, piece in (ADVANTAGES | WEIGHTS).items():
+        silent = replace(batch, scores=Scores({k: v for k, v in batch.scores.items() if k != "reward"}))
+        try:
+            piece(silent, batch.student_logp) if name in ADVANTAGES else piece(silent)
+        except KeyError as error:
+            assert "'reward'" in str(error) and name in REWARDED
+        else:
+            assert name not in REWARDED
+
+
 def test_a_response_without_tokens_does_not_count_in_its_group(batch):
     cleared = replace(batch, mask=batch.mask & torch.tensor([True, True, False, True])[:, None])
     adv = ADVANTAGES["reward"](batch, torch.zeros(B, T, dtype=torch.float64))
@@ -426,6 +513,7 @@ TERMS = [
     {"surrogate": "gspo", "advantages": ["reward", "leave_one_out"], "reduction": "sequence_token_mean"},
     {"divergence": "reverse_kl", "weights": ["dads"], "reduction": "sequence_token_mean"},
     {"surrogate": "ppo_clip", "advantages": ["reward", "group_normalize", "stcr"], "reduction": "token"},
+    {"surrogate": "importance", "advantages": ["teacher_logratio", "margin_shift"], "weights": ["balance", "gap_mask"]},
 ]
 
 
@@ -551,6 +639,8 @@ REFUSED = [
     ({"divergence": "jsd", "reduction": "constant"}, "'constant' needs a value for length"),
     ({"divergence": "jsd", "weights": ["top_k"]}, "unknown weight 'top_k'; did you mean 'top_kl'"),
     ({"divergence": "jsd", "weights": [{"tis": {"level": "sequense"}}]}, "did you mean 'sequence'"),
+    ({"surrogate": "importance", "advantages": ["margin_shift", {"margin_mask": {"rho": 0.5}}]}, "keep one of them"),
+    ({"surrogate": "importance", "advantages": [{"margin_shift": {"mode": "minmax"}}]}, "did you mean 'min_max'"),
     ({"surrogate": "ppo", "advantages": ["reward"]}, "unknown surrogate 'ppo'"),
 ]
 
@@ -591,6 +681,11 @@ def test_a_piece_follows_the_house_rules(name, piece):
     assert len(inspect.getsource(piece).splitlines()) <= 20
     options = [p for p in inspect.signature(piece).parameters.values() if p.default is not p.empty]
     assert all(p.kind is p.KEYWORD_ONLY for p in options), "options are keyword-only"
+
+
+def test_a_balance_below_nothing_is_refused(batch):
+    with pytest.raises(ValueError, match=r"ratio is -1\.0; give right answers for one wrong one"):
+        WEIGHTS["balance"](batch, ratio=-1.0)
 
 
 def test_whole_numbers_serve_as_floats_and_other_types_are_refused():

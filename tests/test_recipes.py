@@ -73,6 +73,18 @@ def test_cord_is_the_papers():
     }
 
 
+def test_uni_opd_tells_how_the_teacher_orders_right_and_wrong(world, tmp_path):
+    tree = yaml.safe_load(Path(world["recipe"]).read_text())
+    tree |= {"include": [str(ROOT / "configs" / "methods" / "uni_opd.yaml")]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    parts = replace_judge(build(config.load(str(tmp_path / "recipe.yaml"))))
+    pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 3)]
+    values = train_step(parts, pairs, 0)
+    shares = [values[f"order/{name}/tokens"] for name in ("all_right", "all_wrong", "consistent", "reversed")]
+    assert sum(shares) == pytest.approx(1) and 0 <= values["order/pair_reversal/tokens"] <= 1
+    assert values["order/return_right/tokens"] < 0 and values["order/return_wrong/tokens"] < 0  # a mean of -KL's
+
+
 def test_what_cannot_teach_or_train_is_refused(world, tmp_path):
     from tools import build_tiny
 

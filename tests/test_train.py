@@ -19,6 +19,7 @@ from xmodal_opd import collect, config, step, train
 from xmodal_opd.build import build, open_shards
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.objective import Term
+from xmodal_opd.types import Pair, Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -109,6 +110,23 @@ def test_a_stopped_run_saves_after_its_step_and_says_how_to_go_on(world, tmp_pat
     assert "--resume" in printed(tmp_path / "run").read_text()
     done = metrics.read_text().count("\n")
     assert latest(tmp_path / "run").name == f"step-{done:06d}"
+
+
+def test_draws_belong_to_the_question_the_step_and_the_seed_not_to_the_rank():
+    def answers(*keys):
+        return [Rollout(Pair(k, {}), [1], [0.0], "", True, group) for group, k in enumerate(keys) for _ in range(3)]
+
+    whole, part = answers("a", "b", "c"), answers("c")
+    names = ["x"] * 9
+    drawn = collect.draws(whole, names, seed=1, step=2)
+    assert drawn.unique().numel() == 9 and drawn.min() >= 0 and drawn.max() < 1
+    assert torch.equal(collect.draws(part, names[:3], seed=1, step=2), drawn[6:])
+    for other in (
+        collect.draws(whole, names, 1, 3),
+        collect.draws(whole, names, 2, 2),
+        collect.draws(whole, ["y"] * 9, 1, 2),
+    ):
+        assert not (other == drawn).any()
 
 
 ANCHOR = "{sampling: tokens, view: teacher, teacher: {model: initial}, divergence: forward_kl}"

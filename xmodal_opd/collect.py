@@ -1,5 +1,6 @@
 """A step's answers, and all that is measured of them before the step is judged: no gradient here."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,8 @@ def sample(
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
     told = asking.result()
-    scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards)
+    drawn = draws(rollouts, sampling, parts.recipe.train.seed, number)
+    scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards, draw=drawn)
     batch = dist.to(replace(batch, scores=scores), parts.student.device)
     step = gathered(*heard(rollouts, sampling, batch, told))
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
@@ -129,6 +131,17 @@ def rewards_of(
 def own_answer(reference: Rollout) -> str | None:
     """What the judge compares with: an answer that was cut off reaches no conclusion."""
     return reference.text if reference.finished else None
+
+
+def draws(rollouts: Sequence[Rollout], sampling: Sequence[str], seed: int, step: int) -> Tensor:
+    """A uniform number [B] for each answer, by question and place in its group: the same on any number of ranks."""
+    places: Counter[tuple[str, int]] = Counter()
+    out: list[float] = []
+    for rollout, name in zip(rollouts, sampling, strict=True):
+        places[name, rollout.group] += 1
+        place = places[name, rollout.group]
+        out.append(random.Random(f"{seed} {step} {rollout.pair.key} {name} {place}").random())
+    return torch.tensor(out)
 
 
 @torch.no_grad()

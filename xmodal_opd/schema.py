@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
-REWARDED = {"reward", "stcr", "dads"}  # pieces that read the judge's reward
+REWARDED = {"reward", "stcr", "dads", "margin_shift", "margin_mask", "balance"}  # pieces that read the judge's reward
 Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
 
 
@@ -202,12 +202,14 @@ def sources(recipe: Recipe) -> list[Source]:
 
 
 def judged(recipe: Recipe) -> dict[str, str]:
-    """The samplings whose answers the judge sees, each with one piece of the objective that asks for its reward."""
+    """The samplings whose answers the judge sees, each with one piece of the objective that asks for its reward. Where
+    there is a judge, it also sees what a teacher's log-ratio grades, for the metrics `order/…`."""
+    asking = REWARDED | ({"teacher_logratio"} if recipe.judge else set())
     return {
         term.sampling: name
         for term in recipe.objective.values()
         for name in map(piece_name, [*term.weights, *term.advantages])
-        if name in REWARDED
+        if name in asking
     }
 
 

@@ -13,8 +13,9 @@ from xmodal_opd.build import STUDENT, Parts
 from xmodal_opd.collect import Step, pieces, sample
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.metrics import over_ranks
-from xmodal_opd.objective import Term
+from xmodal_opd.objective import Term, name_of_piece
 from xmodal_opd.objective import rows as take
+from xmodal_opd.objective.order import order, sides
 from xmodal_opd.scoring.forward import divergence, divergence_from, divergence_of_both, token_logp
 from xmodal_opd.scoring.mismatch import corrected
 from xmodal_opd.scoring.served import Source
@@ -46,7 +47,7 @@ def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
     judged = {
         name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()
     }
-    sums = corrections(parts, terms, step)
+    sums = corrections(parts, terms, step) | orders(parts, terms, step)
     for piece in pieces(parts, step.rollouts):
         parts.engine.backward(parts.engine.run(partial(micro_loss, parts, terms, judged, step, piece, sums)))
     return sums | {"loss": sum(value for name, value in sums.items() if name.startswith("loss/"))}
@@ -72,6 +73,21 @@ def corrections(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str
         batch = take(step.everyone, step.rows(parts.recipe.objective[name].sampling))
         for weight in term.row_weights:
             out |= {f"{what}/{name}": share for what, share in corrected(weight, batch).items()}
+    return out
+
+
+def orders(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str, float]:
+    """Whether the log-ratio to its teacher puts right answers above wrong ones, for each policy term on one."""
+    out: dict[str, float] = {}
+    for name, term in terms.items():
+        on = parts.recipe.objective[name].sampling
+        ratios = [piece for piece in term.advantages if name_of_piece(piece) == "teacher_logratio"]
+        if ratios and on in parts.judged:
+            batch = take(step.everyone, step.rows(on))
+            adv = torch.zeros_like(batch.student_logp)
+            for ratio in ratios:
+                adv = ratio(batch, adv)
+            out |= {f"order/{what}/{name}": value for what, value in order(sides(batch, adv)).items()}
     return out
 
 

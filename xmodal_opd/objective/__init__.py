@@ -59,6 +59,8 @@ class Term:
         compare = None if divergence is None else pick("divergence", DIVERGENCES | SAMPLED, divergence)
         if surrogate is not None and "top_kl" in map(name_of, weights):
             raise ValueError("top_kl weighs tokens by the divergence, which a policy term has not")
+        if {"margin_shift", "margin_mask"} <= set(map(name_of, advantages)):
+            raise ValueError("margin_shift and margin_mask are two ways to the same margin; keep one of them")
         by_row = [name_of(w) in ROW_WEIGHTS for w in weights]
         picked = [pick("weight", WEIGHTS, w) for w in weights]
         return cls(
@@ -176,6 +178,11 @@ def fitted(what: str, value: Any, wanted: Any) -> Any:
 
 def name_of(spec: Spec) -> str:
     return spec if isinstance(spec, str) else next(iter(spec), "")
+
+
+def name_of_piece(piece: Callable[..., Any]) -> str:
+    """The name of a picked piece, whose options may be bound."""
+    return getattr(piece.func if isinstance(piece, partial) else piece, "__name__", "")
 
 
 def options_of(kind: str, spec: Spec) -> Mapping[str, Any]:

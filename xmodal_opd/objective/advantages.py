@@ -2,7 +2,8 @@
 
 A response the judge could not decide has a NaN reward, and NaN is how it travels: `reward` lets it through, the group
 statistics below skip it, and `Term.judge` ends it, once for every chain: no weight, no advantage, not counted as a
-response. It is never a zero reward.
+response. It is never a zero reward. Pieces that only ask who is right (`margin_shift`, `margin_mask`) leave such a
+response the advantage it has.
 
 Group statistics are over responses, not tokens: each counts once however long it is, with the mean of its tokens'
 advantages as its value. A response without tokens does not count.
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodal_opd.objective.groups import correct, counts, group_statistics, group_sum
+from xmodal_opd.objective.order import Direction, Mode, left_out, margin, sides
 from xmodal_opd.types import TokenBatch
 
 Advantage = Float[Tensor, "B T"]
@@ -65,6 +67,31 @@ def kl_baseline(batch: TokenBatch, adv: Advantage, *, scale: float = 1.0, scorer
     return adv + scale * batch.scores[f"{scorer}_divergence"]
 
 
+def margin_shift(
+    batch: TokenBatch, adv: Advantage, *, delta: float = 0.4, mode: Mode = "mean", direction: Direction = "spread"
+) -> Advantage:
+    """Bring the margin m of right over wrong answers in each mixed group to δ: λ = max(0, δ − m) is added to the tokens
+    of the right ones (lift), taken from the wrong ones (down), or half and half (spread). Uni-OPD, arXiv:2605.03677.
+
+    Reads scores["reward"] [B]; `order.py` says what is right, mixed, and m. The paper: spread δ = 0.4 for text, lift 0
+    for multimodal domains.
+    """
+    who = sides(batch, adv)
+    shift = (delta - margin(who, mode)).clamp(min=0).nan_to_num(0)
+    up, down = {"spread": (0.5, 0.5), "lift": (1.0, 0.0), "down": (0.0, 1.0)}[direction]
+    return adv + (shift * (up * who.right.double() - down * who.wrong.double()))[:, None].to(adv.dtype)
+
+
+def margin_mask(
+    batch: TokenBatch, adv: Advantage, *, delta: float = 0.4, mode: Mode = "mean", rho: float = 0.25
+) -> Advantage:
+    """0 on the answers of mixed groups that greedily go, the lowest right or the highest wrong one, until the margin is
+    δ or a share ρ of either side is left; they still count as answers. Uni-OPD, arXiv:2605.03677, instead of a shift.
+    """
+    gone = left_out(sides(batch, adv), mode, delta, rho)
+    return torch.where(gone[:, None], 0, adv)
+
+
 def discount(batch: TokenBatch, adv: Advantage, *, gamma: float = 1.0) -> Advantage:
     """Σ_{s≥t} γ^(s−t) A_s: a token also answers for what follows it. MiniLLM, arXiv:2306.08543."""
     counted = torch.where(batch.mask, adv, 0)
@@ -107,6 +134,8 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
         leave_one_out,
         teacher_logratio,
         kl_baseline,
+        margin_shift,
+        margin_mask,
         discount,
         clip,
         stcr,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_opd.objective.groups import correct, difficulty, group_statistics
+from xmodal_opd.objective.order import sides, surplus
 from xmodal_opd.types import TokenBatch
 
 Weights = Float[Tensor, "B T"]
@@ -67,6 +68,19 @@ def dads(
     return torch.where(shaped, f, 1).to(batch.student_logp.dtype).expand(batch.mask.shape)
 
 
+def balance(batch: TokenBatch, *, ratio: float = 1.0) -> Weights:
+    """0 on right answers, or on wrong ones, that their group has too many of for right : wrong = `ratio` : 1, else 1.
+
+    Uni-OPD, arXiv:2605.03677: chosen at random, by scores["draw"] [B]; they still count in the reduction and in what
+    advantages know of the group. Groups that are all right or all wrong stay, but for ratio 0 (wrong answers only) and
+    ∞ (right ones only). Reads scores["reward"] [B]; what is right is said in `order.py`.
+    """
+    if not ratio >= 0:
+        raise ValueError(f"balance: ratio is {ratio}; give right answers for one wrong one: a number from 0, or .inf")
+    left = surplus(sides(batch), batch.scores["draw"], ratio)
+    return torch.where(left[:, None], 0, torch.ones_like(batch.student_logp))
+
+
 def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
     """α on the k largest divergences of each response, 1 elsewhere; all α when T ≤ k. CORD, arXiv:2601.16547 Eq. 4.
 
@@ -91,6 +105,15 @@ def position_decay(batch: TokenBatch, *, half_life: float = 256.0) -> Weights:
 def prefix(batch: TokenBatch, *, tokens: int = 64) -> Weights:
     """1 on the first `tokens` tokens of a response, 0 after. Many Faces of OPD, arXiv:2605.11182, uses 2048."""
     return (places(batch) < tokens).to(batch.student_logp.dtype)
+
+
+def gap_mask(batch: TokenBatch, *, limit: float = 10.0, scorer: str = "teacher") -> Weights:
+    """0 on tokens with |log p − log q| ≥ `limit`, else 1; they still count in the reduction. Uni-OPD, arXiv:2605.03677.
+
+    Reads scores["<scorer>_logp"] [B, T].
+    """
+    gap = batch.student_logp - batch.scores[f"{scorer}_logp"]
+    return (gap.abs() < limit).to(gap.dtype)
 
 
 def tis(batch: TokenBatch, *, cap: float = 2.0, level: Level = "token") -> Weights:
@@ -153,8 +176,10 @@ def places(batch: TokenBatch) -> Weights:
     return (batch.mask.cumsum(1) - 1).clamp(min=0).to(batch.student_logp.dtype)
 
 
-STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (student_entropy, tip, tip_confident, dads)}
+STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance)
+}
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, tis, mismatch_mask)
+    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, gap_mask, tis, mismatch_mask)
 }
 WEIGHTS: dict[str, Callable[..., Tensor]] = STEP_WEIGHTS | ROW_WEIGHTS

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xmodal_opd.objective import name_of_piece
 from xmodal_opd.objective.divergences import k3
 from xmodal_opd.scoring.forward import Responses, token_logp
 from xmodal_opd.types import Rollout, TokenBatch
@@ -58,7 +59,7 @@ def mismatch(batch: TokenBatch) -> dict[str, float]:
 
 def corrected(weight: Callable[..., Tensor], batch: TokenBatch) -> dict[str, float]:
     """The share of tokens that a `tis` holds at its cap, or a `mismatch_mask` leaves out; nothing for other weights."""
-    name = getattr(getattr(weight, "func", weight), "__name__", "")
+    name = name_of_piece(weight)
     if name not in ("tis", "mismatch_mask") or not batch.mask.any():
         return {}
     now = weight(batch)
