@@ -38,6 +38,7 @@ SIZES = {  # width and height in pixels, multiples of the 28 that one token of Q
     "shapes": (168, 112),
     "sum": (168, 56),
 }
+LINE = 28  # pixels from line to line: what one token of Qwen's encoders sees
 MARGIN = 6  # pixels left free on each side
 SMALLEST = 9  # pixels of font: what does not fit at the look's size shrinks so far
 
@@ -123,17 +124,17 @@ def font_file(name: str) -> Path:
 
 
 def _text(picture: Picture, look: Look, size: Size) -> Image.Image:
-    """Wrapped text, as large as the look says or as fits."""
+    """Wrapped text, as large as the look says or as fits, each line in the middle of its own row of tokens."""
     image, pen = _page(look, size)
     for points in range(look.size, SMALLEST - 1, -1):
-        text = wrap(picture["text"], font(look.font, points), size[0] - 2 * MARGIN)
-        box = pen.multiline_textbbox((MARGIN, MARGIN), text, font(look.font, points))
-        if box[2] <= size[0] - MARGIN and box[3] <= size[1] - MARGIN:
+        lines = wrap(picture["text"], font(look.font, points), size[0] - 2 * MARGIN).split("\n")
+        widest = max(font(look.font, points).getlength(line) for line in lines)
+        if widest <= size[0] - 2 * MARGIN and len(lines) * LINE <= size[1]:
             break
     else:
         raise ValueError(f"a text of {len(picture['text'])} letters does not fit in {size[0]} x {size[1]} pixels")
-    down = (size[1] - MARGIN - box[3]) / 2
-    pen.multiline_text((MARGIN, MARGIN + down), text, look.ink, font(look.font, points))
+    for i, line in enumerate(lines):
+        pen.text((MARGIN, (i + 0.5) * LINE), line, look.ink, font(look.font, points), anchor="lm")
     return image
 
 
