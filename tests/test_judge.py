@@ -17,6 +17,7 @@ import pytest
 
 from xmodal_opd.scoring.answers import equivalent, extract, numbers, option, same_answer, same_answers
 from xmodal_opd.scoring.judge import build_judge, judge, verdict
+from xmodal_opd.scoring.layouts import LAYOUTS
 from xmodal_opd.types import Pair, Rollout
 
 
@@ -206,6 +207,77 @@ def test_mathematics_that_takes_for_ever_is_undecided_and_the_rest_is_not():
     rollouts = [rollout("\\boxed{9^{9^{9^9}}}", "9^{9^{9}}+1"), rollout("\\boxed{2^{3}}", "8"), rollout("5", "8")]
     rewards, failures = judge(build_judge({"match": {"maths": True}}), rollouts)
     assert rewards == [None, 1.0, 0.0] and failures == {"mathematics took too long": 1}
+
+
+# ---- accuracy_format
+
+TAGGED = "<think>so</think> <answer>{}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        (TAGGED.format("12"), "$12$", 1.5),
+        (TAGGED.format("13"), "$12$", 0.5),
+        (TAGGED.format("\\frac{1}{2}"), "$0.5$", 1.5),
+        (TAGGED.format("x^2+2x+1"), "$(x+1)^2$", 1.5),  # only mathematics knows
+        (TAGGED.format("Paris"), "Paris", 1.5),  # math-verify reads no gold here: not a point for everybody
+        (TAGGED.format("Rome"), "Paris", 0.5),
+        ("Hm. " + TAGGED.format("12") + " Yes.", "12", 1.5),  # text around is tolerated
+        ("<think>so</think>\n\n<answer>\n12\n</answer>", "12", 1.5),  # not on one line: what follows the tag
+        ("<answer>12</answer>", "12", 1.0),
+        ("<think></think><answer>12</answer>", "12", 1.0),
+        ("<answer>12</answer><think>so</think>", "12", 1.0),
+        ("<think>so</think> hence <answer>12</answer>", "12", 1.0),
+        ("<think>so</think><answer>9</answer> or <answer>12</answer>", "9", 1.0),
+        ("<think>so</think><answer></answer>", "12", 0.0),
+        ("<think>so</think><answer>it is 12", "12", 1.0),
+        ("the answer is 12", "12", 1.0),  # no tag: all of it
+        ("", "12", 0.0),
+        (" \n", "12", 0.0),
+        (TAGGED.format("(B) 4 cm"), "B", 1.5),
+        (TAGGED.format("C"), "B", 0.5),
+        (TAGGED.format("In my opinion it is B"), "b", 1.5),
+        (TAGGED.format("option B, or option C"), "b", 0.5),  # two letters
+        (TAGGED.format("both"), "B", 1.5),  # as published: a letter inside a word is a letter
+    ],
+)
+def test_accuracy_and_format_of_tagged_answers(text: str, gold: str, value: float):
+    pytest.importorskip("math_verify")
+    assert judge(build_judge("accuracy_format"), [rollout(text, gold)]) == ([value], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("two plus three is five. answer: five", "5", 1.25),
+        ("two plus three is five.\nAnswer: 5\n", "5", 1.25),
+        ("two plus three is six. answer: six", "5", 0.25),
+        ("answer: five", "5", 1.0),  # no reasoning
+        ("answer: six, answer: five", "5", 1.0),
+        ("it is five. answer: five\nor so", "5", 1.0),
+        ("it is five", "5", 1.0),
+        ("it is five. answer:", "5", 0.0),
+        ("", "5", 0.0),
+    ],
+)
+def test_accuracy_and_format_of_marked_answers(text: str, gold: str, value: float):
+    spec = {"accuracy_format": {"layout": "marker", "format": 0.25, "maths": False}}
+    assert judge(build_judge(spec), [rollout(text, gold)]) == ([value], {})
+
+
+def test_a_reward_with_format_is_undecided_where_mathematics_takes_for_ever():
+    pytest.importorskip("math_verify")
+    rollouts = [rollout(TAGGED.format("9^{9^{9^9}}"), "9^{9^{9}}+1"), rollout(TAGGED.format("8"), "2^{3}")]
+    assert judge(build_judge("accuracy_format"), rollouts) == ([None, 1.5], {"mathematics took too long": 1})
+
+
+@pytest.mark.parametrize("text", ["<think>", "<answer>", "answer: ", "<think></think>", "a\n", " "])
+def test_a_layout_is_read_in_bounded_time(text: str):
+    began = time.process_time()
+    for layout in LAYOUTS.values():
+        layout.kept(text * 20_000), layout.answer(text * 20_000)
+    assert time.process_time() - began < 2
 
 
 # ---- self

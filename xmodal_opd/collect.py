@@ -14,11 +14,13 @@ from xmodal_opd.background import later, now
 from xmodal_opd.build import Parts
 from xmodal_opd.evaluate import is_right
 from xmodal_opd.metrics import reward_metrics
+from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.ahead import Ahead
 from xmodal_opd.scoring.forward import divergence, statistics
 from xmodal_opd.scoring.judge import judge
 from xmodal_opd.scoring.mismatch import mismatch, trainer_logp
+from xmodal_opd.scoring.outcomes import entropies, outcomes
 from xmodal_opd.scoring.served import ask_teachers
 from xmodal_opd.teachers import Told, heard, served_scores, wanted
 from xmodal_opd.tokens import cut, token_batch
@@ -79,7 +81,17 @@ def sample(
     step = gathered(*heard(rollouts, sampling, batch, told))
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
-    return step, describe(parts, answers, rewards, failures) | age | apart | lost
+    verdicts = outcomes(judged_rows(parts, step)) | entropies(step.everyone)
+    return step, describe(parts, answers, rewards, failures) | verdicts | age | apart | lost
+
+
+def judged_rows(parts: Parts, step: Step) -> TokenBatch:
+    """The answers of all ranks that the judge saw; groups of two samplings are two groups."""
+    order = sorted(parts.judged)
+    kinds = torch.tensor([order.index(name) if name in parts.judged else -1 for name in step.samplings])
+    kinds = kinds.to(step.everyone.group.device)
+    batch = take(step.everyone, kinds >= 0)
+    return replace(batch, group=batch.group * len(order) + kinds[kinds >= 0])
 
 
 def answered(

@@ -18,6 +18,7 @@ from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.order import order, sides
 from xmodal_opd.scoring.forward import divergence, divergence_from, divergence_of_both, token_logp
 from xmodal_opd.scoring.mismatch import corrected
+from xmodal_opd.scoring.outcomes import shaping
 from xmodal_opd.scoring.served import Source
 from xmodal_opd.types import Judged, Pair, Scores
 
@@ -67,10 +68,11 @@ def judge_term(parts: Parts, term: Term, on: str, step: Step) -> Judged:
 
 
 def corrections(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str, float]:
-    """How many tokens of each term the weights against a mismatch hold back."""
+    """How many tokens of each term the weights against a mismatch hold back, and how far APO's factors go."""
     out: dict[str, float] = {}
     for name, term in terms.items():
         batch = take(step.everyone, step.rows(parts.recipe.objective[name].sampling))
+        out |= {f"{what}/{name}": mean for what, mean in shaping(term, batch).items()}
         for weight in term.row_weights:
             out |= {f"{what}/{name}": share for what, share in corrected(weight, batch).items()}
     return out

@@ -20,7 +20,8 @@ from numbers import Real
 from typing import Any, Literal
 
 from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
-from xmodal_opd.scoring.answers import announced, extract, require_maths, same_answers
+from xmodal_opd.scoring.answers import announced, extract, plain, require_maths, same_answers
+from xmodal_opd.scoring.layouts import LAYOUTS, reached
 from xmodal_opd.serving import Client, Failure, connect, patiently, send
 from xmodal_opd.types import Rollout
 
@@ -132,6 +133,31 @@ def match(ask: Ask | None = None, *, to: Target | None = None, maths: bool = Fal
     return reward
 
 
+def accuracy_format(
+    ask: Ask | None = None, *, layout: Literal["tags", "marker"] = "tags", format: float = 0.5, maths: bool = True
+) -> Reward:
+    """1 for the shard's answer, and `format` more for the layout, right or wrong. APO, arXiv:2506.21655, from its code.
+
+    layout: `<think>…</think><answer>…</answer>` ("tags"), or reasoning that ends in "answer: …" ("marker"). The answer
+    is compared by rule, by `math-verify` where `maths`, then as a letter: the gold is one of a to f, and of these the
+    answer has that one alone. Two things of that code are not kept: a gold that math-verify cannot read rewards
+    everybody there and is compared as words here; what takes too long is undecided, not 0.
+    """
+    if maths:
+        require_maths()
+
+    def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
+        _, targets = _targets("accuracy_format", "answer", columns, len(completions))
+        kept, answer = LAYOUTS[layout]
+        same = reached(
+            [(answer(text), plain(gold or "")) for text, gold in zip(completions, targets, strict=True)], maths
+        )
+        rewards = [None if s is None else s + format * kept(text) for s, text in zip(same, completions, strict=True)]
+        return [_decided(value, "mathematics took too long", fail) for value in rewards]
+
+    return reward
+
+
 def self_judge(ask: Ask | None = None, *, to: Target | None = None) -> Reward:
     """1 or 0 as the run's own model, reading the text, says. Anything else it says leaves the response undecided."""
     if ask is None:
@@ -181,7 +207,12 @@ def llm(
     return reward
 
 
-JUDGES: dict[str, Callable[..., Reward]] = {"match": match, "self": self_judge, "llm": llm}
+JUDGES: dict[str, Callable[..., Reward]] = {
+    "match": match,
+    "accuracy_format": accuracy_format,
+    "self": self_judge,
+    "llm": llm,
+}
 
 
 def verdict(reply: str) -> float | None:
