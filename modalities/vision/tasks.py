@@ -112,7 +112,8 @@ def geometry(rng: random.Random) -> Scene:
 
 def _rectangle(rng: random.Random) -> Scene:
     """Perimeter of a rectangle or a square."""
-    short, long = sorted((rng.randint(1, 5), rng.randint(1, 5)))
+    long = rng.randint(1, MOST // 2 - 1)
+    short = rng.randint(1, min(long, MOST // 2 - long))
     half, whole = ONES[short + long], ONES[2 * (short + long)]
     name = f"a square with side {ONES[short]}" if short == long else f"a rectangle with {_sides((long, short))}"
     picture = {"kind": "polygon", "sides": [long, short, long, short], "labels": [str(long), str(short), "", ""]}
