@@ -10,7 +10,10 @@ from xmodal_opd.build import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = {"Qwen2-Audio-7B-Instruct": 8_397_094_912, "Qwen2.5-Omni-7B": 8_931_813_888}  # parameters of the weights
+PUBLISHED |= {"Qwen2.5-VL-3B-Instruct": 3_754_622_976}
 PAPERS = ["cord_qwen2_audio_7b", "cord_qwen2_5_omni_7b"]
+SIZES = [(name, 4, "160 answers of at most 200 tokens, 32,000 in all") for name in PAPERS]
+SIZES += [("apo_qwen2_5_vl_3b", 8, "1024 answers of at most 4096 tokens, 4,194,304 in all")]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -20,11 +23,11 @@ def test_recorded_shapes_have_the_published_number_of_parameters(name):
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_recipes_resolve_without_weights_and_fit_the_devices_they_name(name, capsys):
-    assert cli.main(["check", "--dry", str(CONFIGS / f"{name}.yaml"), "--devices", "4"]) == 0
+@pytest.mark.parametrize(("name", "devices", "answers"), SIZES)
+def test_the_papers_recipes_resolve_without_weights_and_fit_the_devices_they_name(name, devices, answers, capsys):
+    assert cli.main(["check", "--dry", str(CONFIGS / f"{name}.yaml"), "--devices", str(devices)]) == 0
     told = capsys.readouterr().out
-    assert "160 answers of at most 200 tokens, 32,000 in all" in told
+    assert answers in told
     totals = [float(line.split()[-2]) for line in told.splitlines() if line.startswith(("  training", "  sampling"))]
     assert len(totals) == 2 and all(10 < total < 76 for total in totals)
 
@@ -36,6 +39,17 @@ def test_what_the_paper_settles_is_what_the_recipes_say():
         assert (tokens.n, tokens.temperature, group.n, group.temperature) == (1, 1.0, 4, 1.5)
         assert recipe.objective["tokens"].weights[0] == {"top_kl": {"k": 20, "alpha": 2.0}}
         assert (recipe.optim.lr, recipe.rollout.max_tokens, recipe.train.steps) == (3e-5, 200, 3000)
+
+
+def test_apo_has_the_numbers_of_its_paper():
+    recipe = config.load(str(CONFIGS / "apo_qwen2_5_vl_3b.yaml"))
+    group, policy, reference = recipe.rollout.samplings["group"], *recipe.objective.values()
+    assert (group.n, group.temperature, recipe.train.prompts, recipe.rollout.max_tokens) == (8, 1.0, 128, 4096)
+    assert policy.advantages == ["reward", {"group_normalize": {"eps": 1e-9}}, "stcr"]
+    assert (policy.surrogate, policy.reduction) == ("ppo_clip", "token")
+    assert (reference.divergence, reference.weights, reference.scale) == ("k3", ["dads"], 1e-3)
+    assert (reference.teacher.model, reference.teacher.view) == ("initial", "student")
+    assert (recipe.model.min_pixels, recipe.model.max_pixels) == (4 * 28 * 28, 10_000 * 16 * 16)
 
 
 def test_memory_is_divided_by_stage():
