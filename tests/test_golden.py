@@ -99,6 +99,8 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("tip_confident", {"keep": 0.4}, TIP, [4, 0, 0, 0]),
     ("top_kl", {"k": 2, "alpha": 3.0}, {"divergence": [[0.1, 0.3, 0.2], [0.0, 9.0, 9.0]]}, [1, 3, 3, 3]),
     ("top_kl", {"k": 1}, {"divergence": [[0.2, 0.2, 0.2], [0.1, 9.0, 9.0]]}, [2, 1, 1, 2]),
+    ("gate", {"score": "asked"}, {"asked": [nan, 0.6]}, [0, 0, 0, 1]),
+    ("gate", {"above": 0.0}, {"text_reward": [0.1, 0.0]}, [1, 1, 1, 0]),
     ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
     ("position_decay", {"half_life": 1.0}, {}, [1, 0.5, 0.25, 1]),
     ("prefix", {"tokens": 2}, {}, [1, 1, 0, 1]),
@@ -329,6 +331,18 @@ SCHEDULE = [
 @pytest.mark.parametrize("name, step, options, expected", SCHEDULE)
 def test_schedule_over_eleven_steps(name, step, options, expected):
     assert SCHEDULES[name](step, 11, **options) == pytest.approx(expected)
+
+
+def test_a_teacher_in_contrast_with_itself_without_media():
+    """RT-OPD, arXiv:2609.28778 at α = 1: q ∝ p²/p₀ = .25/.4, .09/.4, .04/.2, and KL(student‖q). α = 0 is p itself."""
+    p, blank, student = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.2, 0.5, 0.3]], dtype=torch.float64).log()
+    head = torch.eye(3, dtype=torch.float64)
+    far = vocab.tilted(p[None] + 3, blank[None] - 1, 1.0)  # what is added to all logits is nothing
+    q = [0.625 / 1.05, 0.225 / 1.05, 0.2 / 1.05]
+    assert far.softmax(-1)[0].tolist() == pytest.approx(q)
+    d = vocab.divergence(DIVERGENCES["reverse_kl"], student[None], head, far, head)
+    assert d.item() == pytest.approx(kl((0.2, 0.5, 0.3), q)) == pytest.approx(0.341797, abs=1e-6)
+    assert torch.equal(vocab.tilted(p, blank, 0.0), p)
 
 
 AUDIO = [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.34, 0.33, 0.33]]

@@ -6,7 +6,7 @@ import inspect
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,7 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
     derive = schema.views(recipe) & DERIVED.keys()
     adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student), derive=derive)
     others = teachers(recipe, student)  # copies of the student, before an engine takes its parameters apart
+    refuse_contrast(recipe, {STUDENT: student, **others})
     engine = build_engine(recipe, student, lambda step: schedule(step, recipe.train.steps))
     sampler = build_sampler(recipe, student, processor, adapter, engine, run)
     return Parts(
@@ -291,6 +292,15 @@ def teacher(recipe: schema.Recipe, name: str, student: PreTrainedModel) -> PreTr
     model = load(recipe, name).requires_grad_(False)
     refuse_other_vocabulary(recipe, name)
     return model
+
+
+def refuse_contrast(recipe: schema.Recipe, local: Mapping[str, PreTrainedModel]) -> None:
+    """A contrast is taken of hidden states: they must be here, and what makes logits of them must be linear."""
+    for name in (source.model for source in schema.sources(recipe) if source.contrast):
+        if name in recipe.teachers:
+            raise ValueError(f"teacher {name!r} is behind servers, which tell too little for a contrast; load it here")
+        if models.softcap(local[name]) is not None:
+            raise ValueError(f"teacher {name!r} caps its logits, and only plain ones can be put in contrast")
 
 
 def refuse_other_vocabulary(recipe: schema.Recipe, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -77,6 +77,7 @@ def sample(
     told = asking.result()
     drawn = draws(rollouts, sampling, parts.recipe.train.seed, number)
     scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards, draw=drawn)
+    scores |= question_rewards(rollouts, sampling, rewards, parts.judged)
     batch = dist.to(replace(batch, scores=scores), parts.student.device)
     step = gathered(*heard(rollouts, sampling, batch, told))
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
@@ -140,6 +141,20 @@ def rewards_of(
     return torch.tensor(rewards), failures
 
 
+def question_rewards(
+    rollouts: Sequence[Rollout], sampling: Sequence[str], rewards: Tensor, judged: Collection[str]
+) -> dict[str, Tensor]:
+    """NAME_reward [B] for every judged sampling NAME: the mean reward of its answers to the same question, NaN where
+    the judge decided none of them."""
+    groups = torch.tensor([r.group for r in rollouts])
+    out: dict[str, Tensor] = {}
+    for name in judged:
+        rows = torch.tensor([s == name for s in sampling])
+        means = {g: rewards[rows & (groups == g)].nanmean() for g in groups.unique().tolist()}
+        out[f"{name}_reward"] = torch.stack([means[r.group] for r in rollouts])
+    return out
+
+
 def own_answer(reference: Rollout) -> str | None:
     """What the judge compares with: an answer that was cut off reaches no conclusion."""
     return reference.text if reference.finished else None
@@ -167,7 +182,7 @@ def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dic
         some, here = [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
         for name, scorer in scorers.items():
             model = parts.models[scorer.model]
-            hidden = parts.responses.hidden(model, some, scorer.view)
+            hidden = parts.responses.contrasted(model, some, scorer.view, scorer.against)
             values: dict[str, Tensor] = {}
             if scorer.divergence:
                 own = (parts.student, parts.responses.hidden(parts.student, some, "student"))

@@ -90,11 +90,24 @@ class Served(Part):
     wait: float = Field(default=600.0, gt=0)  # seconds to wait while no server answers
 
 
+class Contrast(Part):
+    """A teacher q₀ that another is tilted away from: log q = log_softmax((1 + alpha) log q − alpha log q₀)."""
+
+    view: str = "blank"  # what the same model sees
+    alpha: float = Field(default=1.0, ge=0)
+
+
 class Source(Part):
     """A teacher: a model under a view. "current", "initial" and "ema" are the student's own weights."""
 
     model: str = "current"
     view: str = "teacher"
+    contrast: Contrast | None = None
+
+    @property
+    def against(self) -> tuple[str, float] | None:
+        """(view, alpha) of its contrast."""
+        return None if self.contrast is None else (self.contrast.view, self.contrast.alpha)
 
 
 class Teacher(Source):
@@ -188,7 +201,7 @@ class Recipe(Part):
 def views(recipe: Recipe) -> set[str]:
     """The views every question must have: those the recipe names, and the two that are evaluated."""
     asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
-    parts = (*recipe.objective.values(), *sources(recipe), *asked)
+    parts = (*recipe.objective.values(), *sources(recipe), *(s.contrast for s in sources(recipe)), *asked)
     return {"student", "teacher", *(part.view for part in parts if part is not None)}
 
 

@@ -19,8 +19,9 @@ from xmodal_opd.objective.order import order, sides
 from xmodal_opd.scoring.forward import divergence, divergence_from, divergence_of_both, token_logp
 from xmodal_opd.scoring.mismatch import corrected
 from xmodal_opd.scoring.outcomes import shaping
-from xmodal_opd.scoring.served import Source
 from xmodal_opd.types import Judged, Pair, Scores
+
+Reading = tuple[str, str, tuple[str, float] | None]  # a model, the view it reads, and (view, alpha) of its contrast
 
 
 def train_step(
@@ -120,26 +121,26 @@ def micro_loss(
     return total + idle(parts, hidden, piece)
 
 
-def idle(parts: Parts, hidden: Mapping[Source, tuple[dict[int, int], Tensor]], piece: Sequence[int]) -> Tensor | float:
+def idle(parts: Parts, hidden: Mapping[Reading, tuple[dict[int, int], Tensor]], piece: Sequence[int]) -> Tensor | float:
     """Zero, with a gradient of zero for all that other ranks train in this piece and this one has no rows for: ranks
     reduce the same gradients."""
     unused = [states.sum() for places, states in hidden.values() if not places]
     return sum(unused, 0.0) if piece else sum(unused, models.head(parts.student)[:0].sum())
 
 
-def sources(parts: Parts, name: str, term: Term) -> tuple[Source, Source | None]:
+def sources(parts: Parts, name: str, term: Term) -> tuple[Reading, Reading | None]:
     """What the student sees in this term, and who teaches it."""
-    spec = parts.recipe.objective[name]
-    return (STUDENT, spec.view), (spec.teacher.model, spec.teacher.view) if term.divergence else None
+    spec, teacher = parts.recipe.objective[name], parts.recipe.objective[name].teacher
+    return (STUDENT, spec.view, None), (teacher.model, teacher.view, teacher.against) if term.divergence else None
 
 
 def hidden_states(
     parts: Parts, terms: Mapping[str, Term], step: Step, use: Mapping[str, list[int]]
-) -> dict[Source, tuple[dict[int, int], Tensor]]:
-    """Each (model, view) run once over all rows that need it: {row: place}, hidden states. With gradient where a
+) -> dict[Reading, tuple[dict[int, int], Tensor]]:
+    """Each reading run once over all rows that need it: {row: place}, hidden states. With gradient where a
     term trains through it; a term that only learns from it detaches. Ranks run the same ones, without rows too."""
-    rows: dict[Source, dict[int, int]] = {}
-    trained: set[Source | None] = set()
+    rows: dict[Reading, dict[int, int]] = {}
+    trained: set[Reading | None] = set()
     for name, mine in use.items():
         student, teacher = sources(parts, name, terms[name])
         moving = {student} if parts.recipe.objective[name].teacher.stop_gradient else {student, teacher}
@@ -151,8 +152,8 @@ def hidden_states(
     return {
         source: (
             places,
-            parts.responses.hidden(
-                parts.models[source[0]], [step.rollouts[r] for r in places], source[1], grad=source in trained
+            parts.responses.contrasted(
+                parts.models[source[0]], [step.rollouts[r] for r in places], *source[1:], grad=source in trained
             ),
         )
         for source, places in rows.items()
@@ -164,7 +165,7 @@ def values(
     parts: Parts,
     name: str,
     term: Term,
-    hidden: Mapping[Source, tuple[dict[int, int], Tensor]],
+    hidden: Mapping[Reading, tuple[dict[int, int], Tensor]],
     step: Step,
     rows: Sequence[int],
     mask: Tensor,
@@ -172,15 +173,15 @@ def values(
     """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
     rollouts = [step.rollouts[r] for r in rows]
 
-    def of(source: Source) -> Tensor:
+    def of(source: Reading) -> Tensor:
         places, states = hidden[source]
         return states[[places[r] for r in rows]]
 
     student, teacher = sources(parts, name, term)
     if term.divergence is None or teacher is None:
         return token_logp(parts.student, of(student), rollouts, mask)
-    if teacher in step.told:
-        said = [signal for row in rows if not isinstance(signal := step.told[teacher][row], str)]  # all: see `heard`
+    if (served := teacher[:2]) in step.told:
+        said = [signal for row in rows if not isinstance(signal := step.told[served][row], str)]  # all: see `heard`
         own = parts.student, of(student)
         return divergence_from(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
     sides = (parts.student, of(student)), (parts.models[teacher[0]], of(teacher))

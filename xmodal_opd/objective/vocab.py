@@ -121,6 +121,15 @@ def token_logp(
     return per_token(measure, hidden, head, chunk)
 
 
+def tilted(hidden: Float[Tensor, "*N H"], without: Float[Tensor, "*N H"], alpha: float) -> Float[Tensor, "*N H"]:
+    """Hidden states of q, log q = log_softmax(log p + α (log p − log p₀)), from those of p and of p₀ before one head.
+
+    RT-OPD, arXiv:2609.28778. Logits are linear in hidden states, and a softmax forgets what normalises each side, so no
+    vocabulary is needed; a head whose logits are capped is not linear. α = 0 gives `hidden` to the bit.
+    """
+    return ((1 + alpha) * hidden.to(wide(hidden)) - alpha * without.to(wide(without))).to(hidden.dtype)
+
+
 @torch.no_grad()
 def statistics(
     hidden: Float[Tensor, "N H"],

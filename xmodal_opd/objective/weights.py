@@ -116,6 +116,15 @@ def gap_mask(batch: TokenBatch, *, limit: float = 10.0, scorer: str = "teacher")
     return (gap.abs() < limit).to(gap.dtype)
 
 
+def gate(batch: TokenBatch, *, score: str = "text_reward", above: float = 0.5) -> Weights:
+    """1 on responses whose scores[score] [B] is over `above`, else 0; NaN is not. They still count in the reduction.
+
+    RT-OPD, arXiv:2609.28778, distils where the teacher's own answer is right. Reconstruction: right is what the judge
+    says of another sampling's answers to the question; scores["<sampling>_reward"] is their mean reward.
+    """
+    return (batch.scores[score] > above)[:, None].to(batch.student_logp.dtype).expand_as(batch.student_logp)
+
+
 def tis(batch: TokenBatch, *, cap: float = 2.0, level: Level = "token") -> Weights:
     """min(ρ, C): importance weights for answers of a sampler that is not quite the trainer, truncated at `cap` = C.
 
@@ -180,6 +189,6 @@ STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance)
 }
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, gap_mask, tis, mismatch_mask)
+    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, gate, gap_mask, tis, mismatch_mask)
 }
 WEIGHTS: dict[str, Callable[..., Tensor]] = STEP_WEIGHTS | ROW_WEIGHTS

@@ -25,6 +25,21 @@ class Responses:
     share: bool = True
     together: bool = False  # every rank makes the same calls, and runs the parts of the model that any of them needs
 
+    def contrasted(
+        self,
+        model: PreTrainedModel,
+        rollouts: Sequence[Rollout],
+        view: str,
+        against: tuple[str, float] | None,
+        grad: bool = False,
+    ) -> Tensor:
+        """As `hidden`, and with `against` = (other view, α) tilted away from what the same model makes of that view."""
+        hidden = self.hidden(model, rollouts, view, grad)
+        if against is None:
+            return hidden
+        other, alpha = against
+        return vocab.tilted(hidden, self.hidden(model, rollouts, other, grad), alpha)
+
     def hidden(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str, grad: bool = False) -> Tensor:
         """Hidden states [B, T, H] that predict each token of `rollouts` when the question is seen as `view`."""
         tokens = response_tokens(rollouts).to(model.device)
