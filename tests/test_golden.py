@@ -1,10 +1,12 @@
 """One hand-checkable number per piece. Contract tests find broken shapes; these find wrong formulas."""
 
 from math import cos, e, exp, inf, log, nan, pi, sqrt
+from pathlib import Path
 
 import pytest
 import torch
 
+from xmodal_opd import config
 from xmodal_opd.objective import Term, vocab
 from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
@@ -87,6 +89,8 @@ D = [[0.8, 0.4, 0.0], [0.6, 99.0, 99.0]]  # scaled to 1, .5, 0, .75
 RATIOS = [[-1 - log(8), -2.0, -3 - log(0.5)], [-4 - log(0.25), 9.0, 9.0]]
 TIP = {"student_entropy": H, "teacher_divergence": D}
 
+NEED = {"teacher_logp": [[-1.0, -1, -2], [-3, 9, 9]], "degraded_logp": [[-7.0, -1, -1], [-4, -9, 9]]}
+
 WEIGHT = [  # options, scores, expected on the four real tokens
     ("student_entropy", {"keep": 0.4}, {"student_entropy": H}, [0, 1, 1, 0]),
     (
@@ -99,6 +103,14 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("tip_confident", {"keep": 0.4}, TIP, [4, 0, 0, 0]),
     ("top_kl", {"k": 2, "alpha": 3.0}, {"divergence": [[0.1, 0.3, 0.2], [0.0, 9.0, 9.0]]}, [1, 3, 3, 3]),
     ("top_kl", {"k": 1}, {"divergence": [[0.2, 0.2, 0.2], [0.1, 9.0, 9.0]]}, [2, 1, 1, 2]),
+    # the first token needs the media by 6, no other of the three does; the one of the other answer by 1
+    ("media_tokens", {}, NEED, [1.5, 0.75, 0.75, 1]),
+    ("media_tokens", {"keep": 0.5, "share": 0.8}, NEED, [1.2, 1.2, 0.6, 1]),
+    ("media_tokens", {}, {**NEED, "degraded_logp": NEED["teacher_logp"]}, [1, 1, 1, 1]),
+    # on average by 2 and 1: ±1 standard deviation of the two
+    ("media_rollouts", {}, NEED, [2 / (1 + exp(-2))] * 3 + [2 / (1 + exp(2))]),
+    ("media_rollouts", {"tau": 2.0}, NEED, [2 / (1 + exp(-1))] * 3 + [2 / (1 + exp(1))]),
+    ("media_rollouts", {"without": "teacher"}, NEED, [1, 1, 1, 1]),
     ("gate", {"score": "asked"}, {"asked": [nan, 0.6]}, [0, 0, 0, 1]),
     ("gate", {"above": 0.0}, {"text_reward": [0.1, 0.0]}, [1, 1, 1, 0]),
     ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
@@ -343,6 +355,33 @@ def test_a_teacher_in_contrast_with_itself_without_media():
     d = vocab.divergence(DIVERGENCES["reverse_kl"], student[None], head, far, head)
     assert d.item() == pytest.approx(kl((0.2, 0.5, 0.3), q)) == pytest.approx(0.341797, abs=1e-6)
     assert torch.equal(vocab.tilted(p, blank, 0.0), p)
+
+
+def test_va_opd_averages_two_groups_of_tokens_and_weighs_rollouts_within_their_group():
+    """arXiv:2605.21924 Eq. 2–6: Σ_k w_k (½ mean over the top 20 % by a + ½ mean over the others), Σ_k w_k = 1."""
+    batch = tiny(**NEED)
+    per_token = torch.tensor([[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]])
+    weights = ["media_tokens", "media_rollouts"]
+    term = Term.build(divergence="reverse_kl", weights=weights, reduction="sequence_token_mean")
+    first = 1 / (1 + exp(-2))
+    wanted = first * (0.5 * 1 + 0.5 * (2 + 4) / 2) + (1 - first) * 8
+    assert term.loss(batch, term.judge(batch), per_token).item() == pytest.approx(wanted)
+
+
+def test_x_opd_is_two_terms_against_one_teacher_that_reads():
+    """arXiv:2603.24596 Eq. 1–5: λ·(log q(y|text) − log p(y|text)) + (1−λ)·(log q(y|text) − log p(y|speech))."""
+    recipe = config.read(Path(__file__).parents[1] / "configs" / "methods" / "x_opd.yaml")["objective"]
+    keys = ("advantages", "surrogate", "reduction", "scale")
+    terms = {n: Term.build(**{k: v for k, v in t.items() if k in keys}) for n, t in recipe.items()}
+    assert [(t["sampling"], t.get("view", "student")) for t in recipe.values()] == [
+        ("read", "teacher"),
+        ("heard", "student"),
+    ]
+    batch = tiny(teacher_logp=[[-0.5, -2.5, -1.0], [-3.0, 9, 9]])
+    verdicts = {name: term.judge(batch) for name, term in terms.items()}
+    for verdict in verdicts.values():
+        assert verdict.advantage[batch.mask].tolist() == [0.5, -0.5, 2.0, 1.0]
+        assert verdict.weight[batch.mask].tolist() == pytest.approx([0.5 / 4] * 4)
 
 
 AUDIO = [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.34, 0.33, 0.33]]

@@ -21,7 +21,7 @@ from xmodal_opd.types import Scores, TokenBatch
 
 B, T, V = 4, 6, 9
 LENGTHS = (6, 3, 5, 1)
-SCORES = ("student_entropy", "teacher_divergence", "divergence", "teacher_logp", "sampler_logp")
+SCORES = ("student_entropy", "teacher_divergence", "divergence", "teacher_logp", "sampler_logp", "degraded_logp")
 TOP = {"topk_forward_kl", "topk_reverse_kl", "topk_jsd"}
 VARIANTS = [
     *((name, {"k": 4} if name in TOP else {}) for name in DIVERGENCES),

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_opd.objective.groups import correct, difficulty, group_statistics
+from xmodal_opd.objective.groups import correct, difficulty, group_statistics, group_sum
 from xmodal_opd.objective.order import sides, surplus
 from xmodal_opd.types import TokenBatch
 
@@ -81,6 +81,24 @@ def balance(batch: TokenBatch, *, ratio: float = 1.0) -> Weights:
     return torch.where(left[:, None], 0, torch.ones_like(batch.student_logp))
 
 
+def media_rollouts(
+    batch: TokenBatch, *, tau: float = 1.0, scorer: str = "teacher", without: str = "degraded"
+) -> Weights:
+    """G·softmax(z/τ) over each group of G answers, one weight an answer, 1 on average; z: how much its tokens need the
+    media on average, less the group's mean, over the group's population std. VA-OPD, arXiv:2605.21924 Eq. 2–6.
+
+    Reads what `media_tokens` reads. Where answers need the media alike, all weigh 1.
+    """
+    need = media_need(batch, scorer, without).double()
+    counted = batch.mask.any(1)
+    own = torch.where(batch.mask, need, 0).sum(1) / batch.mask.sum(1).clamp(min=1)
+    mean, std, count = (x[:, 0] for x in group_statistics(batch, need))
+    spread = std * ((count - 1) / count.clamp(min=1)).clamp(min=0).sqrt()
+    share = ((own - mean) / spread.clamp(min=1e-6) / tau).exp()
+    total = group_sum(batch, share, counted).clamp(min=1e-6)
+    return (count * share / total)[:, None].to(batch.student_logp.dtype).expand_as(batch.student_logp)
+
+
 def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
     """α on the k largest divergences of each response, 1 elsewhere; all α when T ≤ k. CORD, arXiv:2601.16547 Eq. 4.
 
@@ -105,6 +123,23 @@ def position_decay(batch: TokenBatch, *, half_life: float = 256.0) -> Weights:
 def prefix(batch: TokenBatch, *, tokens: int = 64) -> Weights:
     """1 on the first `tokens` tokens of a response, 0 after. Many Faces of OPD, arXiv:2605.11182, uses 2048."""
     return (places(batch) < tokens).to(batch.student_logp.dtype)
+
+
+def media_tokens(
+    batch: TokenBatch, *, keep: float = 0.2, share: float = 0.5, scorer: str = "teacher", without: str = "degraded"
+) -> Weights:
+    """`share` of an answer's weight on its ⌈keep·T⌉ tokens that need the media most, the rest on the others; 1 on
+    average. VA-OPD, arXiv:2605.21924 Eq. 2–6: a token needs a = relu(log q(y|media) − log q(y|degraded media)).
+
+    Reads scores["<scorer>_logp"] and scores["<without>_logp"] [B, T]. With `reduction: sequence_token_mean` the loss is
+    share · mean of those + (1 − share) · mean of the others. An answer that needs no media weighs 1 throughout.
+    """
+    need, tokens = media_need(batch, scorer, without), batch.mask.sum(1, keepdim=True)
+    count = (keep * tokens - 1e-4).ceil()  # 0.2 · 15 is a little over 3
+    top = top_of_response(need, batch.mask, count[:, 0].long()).to(need.dtype)
+    split = top * share * tokens / count.clamp(min=1) + (1 - top) * (1 - share) * tokens / (tokens - count).clamp(min=1)
+    even = (count >= tokens) | (torch.where(batch.mask, need, 0).amax(1, keepdim=True) == 0)
+    return torch.where(even, 1, split)
 
 
 def gap_mask(batch: TokenBatch, *, limit: float = 10.0, scorer: str = "teacher") -> Weights:
@@ -154,6 +189,11 @@ def sampling_ratio(batch: TokenBatch, level: Level) -> Weights:
     return logs.clamp(-20, 20).exp()
 
 
+def media_need(batch: TokenBatch, scorer: str, without: str) -> Weights:
+    """How much likelier the teacher finds each token with the media than without, at least 0."""
+    return (batch.scores[f"{scorer}_logp"] - batch.scores[f"{without}_logp"]).clamp(min=0)
+
+
 def tip_axes(batch: TokenBatch, scorer: str) -> tuple[Weights, Weights]:
     """Uncertainty and disagreement of each token, each scaled to [0, 1] over the step (log V cancels)."""
     h, d = batch.scores["student_entropy"], batch.scores[f"{scorer}_divergence"].clamp(min=0)
@@ -186,9 +226,10 @@ def places(batch: TokenBatch) -> Weights:
 
 
 STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance)
+    f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance, media_rollouts)
 }
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (top_kl, position_linear, position_decay, prefix, gate, gap_mask, tis, mismatch_mask)
+    f.__name__: f
+    for f in (top_kl, position_linear, position_decay, prefix, media_tokens, gate, gap_mask, tis, mismatch_mask)
 }
 WEIGHTS: dict[str, Callable[..., Tensor]] = STEP_WEIGHTS | ROW_WEIGHTS
