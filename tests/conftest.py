@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from families import FAMILIES, omni
 from PIL import Image
 
@@ -89,3 +90,11 @@ checkpoint: {{every: 1, keep: 2}}
 """
     )
     return {"folder": folder, "recipe": str(recipe)}
+
+
+def with_method(world, folder: Path, method: str) -> str:
+    """The recipe of `world` with another method of configs/methods, written into `folder`."""
+    tree = yaml.safe_load(Path(world["recipe"]).read_text())
+    tree["include"] = [str(ROOT / "configs" / "methods" / f"{method}.yaml")]
+    (folder / f"{method}.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / f"{method}.yaml")

@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, make_pairs
+from conftest import make_pairs, with_method
 from families import FAMILIES
 
 from modalities.chat import ChatAdapter, derived
@@ -26,10 +24,7 @@ def live(world, tmp_path):
     """(method, overrides) -> live parts of that method on the tiny model, and three questions."""
 
     def make(method, *overrides):
-        tree = yaml.safe_load(Path(world["recipe"]).read_text())
-        tree["include"] = [str(ROOT / "configs" / "methods" / f"{method}.yaml")]
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-        parts = build(config.load(str(tmp_path / "recipe.yaml"), overrides))
+        parts = build(config.load(with_method(world, tmp_path, method), overrides))
         return parts, [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 3)]
 
     return make

@@ -68,7 +68,9 @@ def test_divergence_of_two_distributions(name, options, expected):
     assert DIVERGENCES[name](p, q, **options).item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name, expected", [("k1", log(2)), ("k2", log(2) ** 2 / 2), ("k3", 0.5 - 1 + log(2))])
+@pytest.mark.parametrize(
+    "name, expected", [("k1", log(2)), ("k2", log(2) ** 2 / 2), ("k3", 0.5 - 1 + log(2)), ("one_sided", 0)]
+)
 def test_estimate_from_a_token_twice_as_likely_for_the_student(name, expected):
     logp, logq = torch.tensor([0.6]).log(), torch.tensor([0.3]).log()
     assert SAMPLED[name](logp, logq).item() == pytest.approx(expected, abs=1e-6)
@@ -111,6 +113,7 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     ("media_rollouts", {}, NEED, [2 / (1 + exp(-2))] * 3 + [2 / (1 + exp(2))]),
     ("media_rollouts", {"tau": 2.0}, NEED, [2 / (1 + exp(-1))] * 3 + [2 / (1 + exp(1))]),
     ("media_rollouts", {"without": "teacher"}, NEED, [1, 1, 1, 1]),
+    ("dual", {}, {"dual": [0.1, 1.5]}, [0.1, 0.1, 0.1, 1.5]),
     ("gate", {"score": "asked"}, {"asked": [nan, 0.6]}, [0, 0, 0, 1]),
     ("gate", {"above": 0.0}, {"text_reward": [0.1, 0.0]}, [1, 1, 1, 0]),
     ("position_linear", {"beta": 2.0}, {}, [2, 1.5, 1, 2]),
@@ -178,6 +181,8 @@ def test_balance_keeps_so_many_answers(ratio, right, wrong, kept):
     assert weight == [1] * kept[0] + [0] * (right - kept[0]) + [1] * kept[1] + [0] * (wrong - kept[1])
 
 
+SURE = [[-0.25, -0.5, -0.75], [-3.0, 9.0, 9.0]]
+
 ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
     ("reward", {}, {"reward": [1.0, -1.0]}, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [2, 3, 4, 3]),
     ("reward", {"scale": 0.5}, {"reward": [1.0, nan]}, [[0.0] * 3] * 2, [0.5, 0.5, 0.5, nan]),
@@ -187,6 +192,15 @@ ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
         {"teacher_logp": [[-2.0, -1.0, -3.0], [-1.0, 0.0, 0.0]]},
         [[0.0] * 3] * 2,
         [-2, 2, 0, 6],
+    ),
+    # correct, and on average .5 and 3 nats unlikely to the teacher; and wrong
+    ("teacher_confidence", {}, {"reward": [1.0, 1.5], "teacher_logp": SURE}, [[0.0] * 3] * 2, [-0.1] * 3 + [-0.4]),
+    (
+        "teacher_confidence",
+        {"scale": 1.0, "limit": 9.0},
+        {"reward": [0.5, 1.0], "teacher_logp": SURE},
+        [[0.0] * 3] * 2,
+        [0, 0, 0, -3],
     ),
     ("constant", {"value": 2.0}, {}, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [3, 4, 5, 6]),
     ("kl_baseline", {"scale": 2.0}, {"teacher_divergence": D}, [[1.0] * 3] * 2, [2.6, 1.8, 1, 2.2]),

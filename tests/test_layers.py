@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # a module imports only from lines above its own
     {"types", "serving", "schema"},
     {"dist"},
-    {"objective", "background", "data", "tokens", "config", "metrics", "report", "statistics", "provenance"}
+    {"objective", "background", "data", "tokens", "config", "metrics", "report", "statistics", "provenance", "duals"}
     | {"models", "engine"},
     {"lora", "encoders"},
     {"checkpoint", "rollout", "scoring"},

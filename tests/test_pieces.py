@@ -48,7 +48,7 @@ def example(width: int = T) -> TokenBatch:
     reward = torch.tensor([1.0, 0.25, 0.0, 1.0], dtype=torch.float64)
     scores = {name: numbers(seed, -1 if name == "sampler_logp" else 1) for seed, name in enumerate(SCORES)}
     draw = torch.tensor([0.3, 0.7, 0.2, 0.9], dtype=torch.float64)
-    scores |= {"reward": reward, "text_reward": reward, "draw": draw}
+    scores |= {"reward": reward, "text_reward": reward, "dual": reward, "draw": draw}
     return TokenBatch(mask, torch.tensor([7, 3, 3, 7]), numbers(9, sign=-1), Scores(scores))
 
 

@@ -52,7 +52,7 @@ def moves(parts):
 def replace_judge(parts):
     from dataclasses import replace
 
-    return replace(parts, judge=lambda prompts, completions, **_: [float(len(c) % 2) for c in completions])
+    return replace(parts, judge=lambda prompts, completions, **_: [float(i % 2) for i in range(len(completions))])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

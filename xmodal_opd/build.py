@@ -7,7 +7,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Parts:
     reference: Sampling | None  # the model's own answer that the judge compares with
     right: Callable[[str, str], bool]  # (answer, reference answer), for accuracy
     vocab: int | None  # real vocabulary size, when a teacher's head is padded differently
+    memory: dict[str, Any] = field(default_factory=dict)  # what steps leave for later ones: JSON, kept in checkpoints
 
     @property
     def judge_apart(self) -> bool:

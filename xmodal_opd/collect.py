@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from xmodal_opd import dist
+from xmodal_opd import dist, duals
 from xmodal_opd.background import later, now
 from xmodal_opd.build import Parts
 from xmodal_opd.evaluate import is_right
@@ -80,10 +80,26 @@ def sample(
     scores |= question_rewards(rollouts, sampling, rewards, parts.judged)
     batch = dist.to(replace(batch, scores=scores), parts.student.device)
     step = gathered(*heard(rollouts, sampling, batch, told))
+    step, kinds = dually(parts, step)
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
     verdicts = outcomes(judged_rows(parts, step)) | entropies(step.everyone)
-    return step, describe(parts, answers, rewards, failures) | verdicts | age | apart | lost
+    return step, describe(parts, answers, rewards, failures) | verdicts | kinds | age | apart | lost
+
+
+def dually(parts: Parts, step: Step) -> tuple[Step, dict[str, float]]:
+    """The step with the score `dual` [B] where the recipe has dual weights, which then move on; and what they were."""
+    settings = parts.recipe.dual
+    if settings is None:
+        return step, {}
+    mine = [str(r.pair.meta.get(settings.field, "all")) for r in step.rollouts]
+    kinds = [kind for some in dist.gather(mine) for kind in some]
+    state, rows = parts.memory.get("dual", {}), step.rows(settings.sampling)
+    gaps = duals.ahead(take(step.everyone, rows), [kinds[r] for r in rows.tolist()], settings.scorer)
+    parts.memory["dual"] = duals.updated(state, gaps, settings)
+    beta = duals.weights(state, kinds).to(step.everyone.mask.device)
+    everyone = replace(step.everyone, scores=Scores(step.everyone.scores, dual=beta))
+    return replace(step, everyone=everyone), duals.described(state, gaps)
 
 
 def judged_rows(parts: Parts, step: Step) -> TokenBatch:

@@ -174,6 +174,11 @@ def check_references(path: str, recipe: Recipe) -> None:
             f"{path}: rollout.ahead is 1 and rollout.name is 'hf', which samples with the weights and the device that "
             "train: there is nothing to overlap; use rollout.name=vllm, or rollout.ahead=0"
         )
+    if recipe.dual and (recipe.dual.sampling not in samplings or recipe.dual.scorer not in recipe.scoring):
+        raise ValueError(
+            f"{path}: dual reads the answers of a sampling ({', '.join(samplings)}) and the score of a scorer "
+            f"({', '.join(recipe.scoring) or 'none'}); found {recipe.dual.sampling!r} and {recipe.dual.scorer!r}"
+        )
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     check_teachers(path, recipe)

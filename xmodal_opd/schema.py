@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
-REWARDED = {"reward", "stcr", "dads", "margin_shift", "margin_mask", "balance"}  # pieces that read the judge's reward
+# pieces that read the judge's reward
+REWARDED = {"reward", "stcr", "dads", "margin_shift", "margin_mask", "balance", "teacher_confidence"}
 Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}
 
 
@@ -137,6 +138,19 @@ class Scorer(Source):
     divergence: bool = False  # also KL(student || this), over the whole vocabulary
 
 
+class Dual(Part):
+    """A weight for every kind of sample that moves with how far the teacher is ahead, for the piece `dual`."""
+
+    sampling: str  # whose answers tell how far
+    scorer: str = "teacher"
+    field: str = "modality"  # of a sample's meta: its kind; samples without it are of one kind
+    rate: float = Field(default=1.0, gt=0)
+    warmup: int = Field(default=10, ge=1)  # steps with samples of a kind that give the distance it is allowed
+    least: float = Field(default=0.02, ge=0)  # of that distance, in nats a token
+    low: float = Field(default=0.1, ge=0)
+    high: float = Field(default=2.0, gt=0)
+
+
 class Optim(Part):
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -189,6 +203,7 @@ class Recipe(Part):
     teachers: dict[str, Served] = {}
     scoring: dict[str, Scorer] = {}
     judge: Judge | None = None
+    dual: Dual | None = None
     objective: dict[str, Term]
     optim: Optim = Optim()
     engine: Engine = Engine()

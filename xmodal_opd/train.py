@@ -181,7 +181,9 @@ def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]
         config.refuse_another_recipe(run / "recipe.yaml", parts.recipe)
     found = dist.decided(checkpoint.latest(run) if resume else None)
     if found:
-        return checkpoint.load(found, parts.student, parts.engine, parts.models.get("ema"))
+        state = checkpoint.load(found, parts.student, parts.engine, parts.models.get("ema"))
+        parts.memory.update(state.pop("memory", {}))
+        return state
     if dist.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(config.dump(parts.recipe))
@@ -195,7 +197,7 @@ def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:
         parts.student,
         parts.processor,
         parts.engine,
-        state | {"seconds": elapsed(state, began)},
+        state | {"seconds": elapsed(state, began), "memory": parts.memory},
         keep=parts.recipe.checkpoint.keep,
         ema=parts.models.get("ema"),
     )

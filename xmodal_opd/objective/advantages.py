@@ -92,6 +92,19 @@ def margin_mask(
     return torch.where(gone[:, None], 0, adv)
 
 
+def teacher_confidence(
+    batch: TokenBatch, adv: Advantage, *, scale: float = 0.2, scorer: str = "teacher", limit: float = 2.0
+) -> Advantage:
+    """Add scale · clip(mean_t log q, −limit, 0) to correct responses: less for those the teacher would not have given.
+
+    The reward A of OPOD, arXiv:2607.20918, over all tokens of the response, where the paper has those of its answer
+    (reconstruction). Reads scores["reward"] [B] and scores["<scorer>_logp"] [B, T]; before the group's statistics.
+    """
+    tokens = batch.mask.sum(1).clamp(min=1)
+    mean = torch.where(batch.mask, batch.scores[f"{scorer}_logp"], 0).sum(1) / tokens
+    return adv + (scale * mean.clamp(-limit, 0) * correct(batch))[:, None].to(adv.dtype)
+
+
 def discount(batch: TokenBatch, adv: Advantage, *, gamma: float = 1.0) -> Advantage:
     """Σ_{s≥t} γ^(s−t) A_s: a token also answers for what follows it. MiniLLM, arXiv:2306.08543."""
     counted = torch.where(batch.mask, adv, 0)
@@ -134,6 +147,7 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
         leave_one_out,
         teacher_logratio,
         kl_baseline,
+        teacher_confidence,
         margin_shift,
         margin_mask,
         discount,

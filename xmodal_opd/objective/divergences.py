@@ -130,6 +130,14 @@ def k3(logp: PerToken, logq: PerToken) -> PerToken:
     return (logq - logp).expm1() - (logq - logp)
 
 
+def one_sided(logp: PerToken, logq: PerToken) -> PerToken:
+    """relu(log q − log p): a loss only where the teacher is ahead, with gradient −∇log p there. OPOD, arXiv:2607.20918.
+
+    No divergence: it is 0 wherever the student is ahead, and its mean need not fall to 0 as p nears q.
+    """
+    return (logq - logp).clamp(min=0)
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
@@ -146,4 +154,4 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
         topk_jsd,
     )
 }
-SAMPLED: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (k1, k2, k3)}
+SAMPLED: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (k1, k2, k3, one_sided)}

@@ -99,6 +99,12 @@ def media_rollouts(
     return (count * share / total)[:, None].to(batch.student_logp.dtype).expand_as(batch.student_logp)
 
 
+def dual(batch: TokenBatch) -> Weights:
+    """β of the response's kind of sample, from scores["dual"] [B], which `dual:` in a recipe makes. OPOD,
+    arXiv:2607.20918."""
+    return batch.scores["dual"][:, None].to(batch.student_logp.dtype).expand_as(batch.student_logp)
+
+
 def top_kl(batch: TokenBatch, *, k: int = 20, alpha: float = 2.0) -> Weights:
     """α on the k largest divergences of each response, 1 elsewhere; all α when T ≤ k. CORD, arXiv:2601.16547 Eq. 4.
 
@@ -226,7 +232,7 @@ def places(batch: TokenBatch) -> Weights:
 
 
 STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance, media_rollouts)
+    f.__name__: f for f in (student_entropy, tip, tip_confident, dads, balance, media_rollouts, dual)
 }
 ROW_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f

@@ -1,0 +1,81 @@
+"""Dual weights: what moves them, that a checkpoint keeps them, and the one-sided loss they weigh."""
+
+import json
+
+import pytest
+import torch
+from conftest import with_method
+from safetensors.torch import load_file
+
+from xmodal_opd import config, duals, train
+from xmodal_opd.checkpoint import latest
+from xmodal_opd.objective.divergences import SAMPLED
+from xmodal_opd.schema import Dual
+from xmodal_opd.types import Scores, TokenBatch
+
+SETTINGS = Dual(sampling="group", rate=0.5, warmup=2, least=0.02, low=0.1, high=1.5)
+
+
+def after(*gaps: float) -> dict[str, float]:
+    """What is remembered of images whose teacher was this far ahead, step by step."""
+    state = {}
+    for gap in gaps:
+        state = duals.updated(state, {"image": gap}, SETTINGS)
+    return state["image"]
+
+
+def test_a_weight_follows_how_far_the_teacher_is_ahead():
+    """arXiv:2607.20918: β ← clip(β + η (c̄ − ε), .1, β_max), ε from the warm-up."""
+    assert after(0.2, 0.4) == {"beta": 1.0, "seen": 2, "slack": pytest.approx(0.3)}
+    assert after(0.2, 0.4, 0.9)["beta"] == pytest.approx(1 + 0.5 * 0.6)
+    assert after(0.2, 0.4, 0.1)["beta"] == pytest.approx(1 - 0.5 * 0.2)
+    assert after(0.2, 0.4, *[9.0] * 3)["beta"] == 1.5
+    assert after(0.001, 0.001, 0.01)["beta"] == pytest.approx(1 - 0.5 * 0.01), "no less than 0.02 is asked for"
+
+
+def test_a_weight_falls_to_its_floor_once_the_teacher_is_hardly_ahead():
+    betas = [after(0.2, 0.2, *[0.01] * steps)["beta"] for steps in range(14)]
+    assert betas == sorted(betas, reverse=True) and betas[-1] == betas[-2] == 0.1
+
+
+def test_kinds_are_apart_and_each_response_counts_once():
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    logp = torch.tensor([[-3.0, -1.0], [-2.0, 0.0], [-1.0, -1.0]])
+    scores = Scores(teacher_logp=torch.tensor([[-1.0, -2.0], [-1.0, 9.0], [-5.0, -1.0]]))
+    batch = TokenBatch(mask, torch.tensor([0, 0, 1]), logp, scores)
+    gaps = duals.ahead(batch, ["image", "image", "text"], "teacher")
+    assert gaps == {"image": (2 / 2 + 1) / 2, "text": 0.0}
+    state = duals.updated({}, gaps, SETTINGS.model_copy(update={"warmup": 1}))
+    state = duals.updated(state, {"image": 2.0}, SETTINGS.model_copy(update={"warmup": 1}))
+    assert duals.weights(state, ["text", "image", "new"]).tolist() == [1.0, 1.5, 1.0]
+
+
+def test_the_one_sided_loss_acts_only_where_the_teacher_is_ahead():
+    logp = torch.tensor([-2.0, -1.0, -1.0]).requires_grad_()
+    value = SAMPLED["one_sided"](logp, torch.tensor([-0.5, -1.0, -3.0]))
+    assert value.tolist() == [1.5, 0, 0]
+    assert torch.autograd.grad(value.sum(), logp)[0].tolist()[::2] == [-1, 0]
+
+
+def test_a_resumed_run_has_the_weights_of_one_that_never_stopped(world, tmp_path):
+    short = ["eval.samples=1", "eval.kl=false", "eval.every=0", "rollout.samplings.group.n=2", "dual.field=task"]
+    short += ["dual.warmup=1", "dual.rate=0.02"]
+    recipe = with_method(world, tmp_path, "opod")
+
+    def run(name, steps, **options):
+        folder = tmp_path / name
+        train.train(config.load(recipe, [*short, f"run_dir={folder}", f"train.steps={steps}"]), **options)
+        saved = latest(folder)
+        return json.loads((saved / "trainer.json").read_text()), load_file(saved / "model.safetensors")
+
+    whole, weights = run("whole", 4)
+    run("halves", 2)
+    again, same = run("halves", 4, resume=True)
+    assert again["memory"] == whole["memory"] and all(torch.equal(weights[name], same[name]) for name in weights)
+    assert {*whole["memory"]["dual"]} <= {"arithmetic", "ordering", "choice"}
+    assert any(values["beta"] not in (1.0, 0.1, 2.0) for values in whole["memory"]["dual"].values())
+
+
+def test_a_dual_weight_of_a_sampling_or_scorer_that_is_not_there_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match=r"dual reads the answers of a sampling \(group\) and the score of a scorer"):
+        config.load(with_method(world, tmp_path, "opod"), ["dual.scorer=nobody"])
