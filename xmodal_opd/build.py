@@ -18,8 +18,11 @@ from transformers import PreTrainedModel
 from modalities.audio.prepare import prepare
 from modalities.chat import DERIVED, ChatAdapter
 from modalities.families import limit_pixels
+from modalities.rows import count, find
+from modalities.vision.benchmarks import LAYOUTS, questions
 from xmodal_opd import checkpoint, dist, lora, models, schema
 from xmodal_opd.background import read_ahead
+from xmodal_opd.benchmark import Benchmark
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.deepspeed_config import settings
 from xmodal_opd.engine.plain import PlainEngine
@@ -29,8 +32,9 @@ from xmodal_opd.rollout.ahead import Ahead
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.answers import same_answers
+from xmodal_opd.scoring.benchmarks import Ask, score
 from xmodal_opd.scoring.forward import Responses
-from xmodal_opd.scoring.judge import build_judge
+from xmodal_opd.scoring.judge import asker, build_judge
 from xmodal_opd.scoring.served import ServedTeacher
 from xmodal_opd.serving import Servers
 from xmodal_opd.types import Adapter, Engine, Pair, Sampler, Sampling
@@ -348,6 +352,23 @@ def open_tests(recipe: schema.Recipe) -> Shards:
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.test, "test", recipe.data.prepare.test)
     return Shards(recipe.data.test, shuffle=False, views=views_of_shards(recipe))
+
+
+def open_benchmark(recipe: schema.Recipe, name: str, source: str) -> Benchmark:
+    """A benchmark in files as a hub has them. Raises ValueError for a layout that is not known, and for files that are
+    not of it."""
+    if name not in LAYOUTS:
+        raise ValueError(f"there is no layout {name!r} of a benchmark; there are: {', '.join(LAYOUTS)}")
+    files, part = find(source), recipe.eval.extractor
+    next(questions(name, files))  # what is wrong with the files is told before a model is loaded
+    ask: Ask | None = None if part is None else asker("eval.extractor", **part.model_dump())
+    return Benchmark(name, questions(name, files), count(files), partial(score, name, ask=ask))
+
+
+def refuse_view(view: str) -> None:
+    """Raises ValueError for a view that a benchmark's question does not have."""
+    if view not in (have := ("student", *DERIVED)):
+        raise ValueError(f"a benchmark's question has no view {view!r}; it has: {', '.join(have)}")
 
 
 def prepare_shards(settings: schema.Prepare, folder: str, split: str, count: int) -> None:

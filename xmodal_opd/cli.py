@@ -59,6 +59,17 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--output", help="where to write per-question JSONL; default: runs/NAME-eval-DATE.jsonl"
             )
+            command.add_argument(
+                "--benchmark",
+                action="append",
+                default=[],
+                metavar="NAME=PATH",
+                help="instead: a benchmark of image questions (mathvista, mathverse, mmstar, mmmu, chartqa) in "
+                "parquet, JSON or JSONL; may be said again; with the same --output it goes on where it was stopped",
+            )
+            command.add_argument("--limit", type=int, metavar="N", help="the first N questions only, of each benchmark")
+            command.add_argument("--view", help="of benchmarks: student (default), blank or degraded images")
+            command.add_argument("--lmms-eval", metavar="FOLDER", help="also write them in the form of lmms-eval")
     table = commands.add_parser("report", help="a table over finished runs: mean and spread over seeds")
     table.add_argument("runs", nargs="+", help="run folders, each with a summary.json")
     table.add_argument("--figure", help="also draw the gap over the steps into this PNG")
@@ -91,13 +102,39 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     quiet()
-    from xmodal_opd import inspect, report
+    from pathlib import Path
 
-    output = arguments.output or f"runs/{recipe.name}-eval-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    records = inspect.evaluate_only(recipe, arguments.checkpoint, output)
-    report.print_accuracies(records)
+    from xmodal_opd import inspect, lmms, report
+
+    date = time.strftime("%Y%m%d-%H%M%S")
+    output = arguments.output or f"runs/{recipe.name}-eval-{date}.jsonl"
+    limit, sources = arguments.limit, benchmarks_of(arguments)
+    if sources:
+        print(f"answers go to {output}; after a stop the same command with --output {output} goes on", flush=True)
+        view = arguments.view or "student"
+        records = inspect.evaluate_benchmarks(recipe, arguments.checkpoint, sources, output, view=view, limit=limit)
+        report.print_benchmarks(records)
+    else:
+        records = inspect.evaluate_only(recipe, arguments.checkpoint, output, limit)
+        report.print_accuracies(records)
     print(f"answers: {output}")
+    if arguments.lmms_eval:
+        model = arguments.checkpoint or recipe.model.name
+        for path in lmms.write(records, recipe.name, Path(arguments.lmms_eval), date, model):
+            print(f"lmms-eval: {path}")
     return 0
+
+
+def benchmarks_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """{name: path}. Raises ValueError for what cannot be one, and for options that belong to benchmarks alone."""
+    sources = dict(word.partition("=")[::2] for word in arguments.benchmark)
+    if not all(sources.values()) or len(sources) < len(arguments.benchmark):
+        raise ValueError(f"--benchmark is NAME=PATH, each name once, not {', '.join(arguments.benchmark)}")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit is a number of questions from 1 on, not {arguments.limit}")
+    if arguments.view and not sources:
+        raise ValueError("--view is of --benchmark; the recipe's own questions are asked under both their views")
+    return sources
 
 
 def check(arguments: argparse.Namespace) -> int:

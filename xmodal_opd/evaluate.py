@@ -53,6 +53,7 @@ def evaluate_some(
         yield {
             "key": pair.key,
             "task": str(pair.meta.get("task", "all")),
+            "question": pair.meta.get("question", ""),
             "answer": pair.answer,
             "student": student.text,
             "text": text.text,

@@ -1,13 +1,23 @@
 """What can be done with a recipe short of training: check that it holds together, and measure its model."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from xmodal_opd import checkpoint, evaluate, schema
-from xmodal_opd.build import Parts, build, load_processor, load_student, open_tests, prepare_shards, views_of_shards
+from xmodal_opd import benchmark, checkpoint, evaluate, schema
+from xmodal_opd.build import (
+    Parts,
+    build,
+    load_processor,
+    load_student,
+    open_benchmark,
+    open_tests,
+    prepare_shards,
+    refuse_view,
+    views_of_shards,
+)
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
 from xmodal_opd.step import train_step
@@ -44,14 +54,15 @@ def probe(parts: Parts) -> list[Pair]:
         return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
 
 
-def evaluate_only(recipe: schema.Recipe, folder: str | None, output: str) -> list[dict[str, Any]]:
-    """Records of the recipe's test questions under its model, or under a checkpoint or exported folder; kept at
-    `output`."""
-    recipe = of_checkpoint(recipe, folder)
-    parts = build(recipe.model_copy(update={"objective": {}, "scoring": {}, "judge": None}))  # no teacher is needed
-    if recipe.model.lora and folder:
-        checkpoint.load_weights(Path(folder), parts.student)
-    pairs = [pair for _, pair in islice(open_tests(recipe).pairs(parts.adapter, epochs=1), recipe.eval.samples)]
+def evaluate_only(
+    recipe: schema.Recipe, folder: str | None, output: str, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Records of the recipe's test questions (the first `limit`) under its model, or under a checkpoint or exported
+    folder; kept at `output`."""
+    parts = measured(recipe, folder)
+    recipe = parts.recipe
+    tests = open_tests(recipe).pairs(parts.adapter, epochs=1)
+    pairs = [pair for _, pair in islice(tests, limit or recipe.eval.samples)]
     parts = aligned(parts, pairs[:PROBE])
     settings = recipe.eval
     records = evaluate.evaluate(
@@ -59,6 +70,41 @@ def evaluate_only(recipe: schema.Recipe, folder: str | None, output: str) -> lis
     )
     evaluate.write(records, Path(output))
     return records
+
+
+def measured(recipe: schema.Recipe, folder: str | None) -> Parts:
+    """The parts that a model is measured with, a checkpoint's in place of the recipe's; no teacher is loaded."""
+    recipe = of_checkpoint(recipe, folder)
+    parts = build(recipe.model_copy(update={"objective": {}, "scoring": {}, "judge": None, "teachers": {}}))
+    if recipe.model.lora and folder:
+        checkpoint.load_weights(Path(folder), parts.student)
+    return parts
+
+
+def evaluate_benchmarks(
+    recipe: schema.Recipe,
+    folder: str | None,
+    sources: Mapping[str, str],
+    output: str,
+    *,
+    view: str = "student",
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Records of benchmarks ({name: file, folder or pattern}) under the recipe's model or a checkpoint, kept at
+    `output`, where an earlier run of the same may have left some."""
+    refuse_view(view)
+    samplings = {"answer": schema.Sampling(temperature=0, view=view)}
+    recipe = recipe.model_copy(
+        update={"modality": "vision", "rollout": recipe.rollout.model_copy(update={"samplings": samplings})}
+    )
+    benchmarks = [open_benchmark(recipe, name, source) for name, source in sources.items()]
+    run = {"model": folder or recipe.model.name, "view": view, "max_tokens": recipe.rollout.max_tokens}
+    benchmark.kept(Path(output), run)
+    parts = measured(recipe, folder)
+    parts.sampler.sync()
+    return benchmark.answer(
+        benchmarks, parts.adapter, parts.sampler, Path(output), batch=recipe.eval.batch, run=run, view=view, limit=limit
+    )
 
 
 def export(recipe: schema.Recipe, folder: str | None, output: str) -> None:

@@ -1,6 +1,7 @@
 """What became of the gap: the closing table, the pictures, and the Markdown table over several runs."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from xmodal_opd.statistics import accuracies as accuracies
 from xmodal_opd.statistics import bootstrap_interval as bootstrap_interval
+from xmodal_opd.statistics import shares
 from xmodal_opd.statistics import summary as summary
 
 Rows = Sequence[Mapping[str, Any]]
@@ -69,9 +71,39 @@ def print_accuracies(records: Sequence[Mapping[str, Any]], console: Console | No
         )
 
 
-def _table(heads: Mapping[str, str], whole: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+def print_benchmarks(records: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Accuracy of each benchmark and its categories, and how answers were read that the published rule did not read."""
+    console = console or Console()
+    for name in dict.fromkeys(r["benchmark"] for r in records):
+        some = [r for r in records if r["benchmark"] == name]
+        tasks = {task: shares([r for r in some if r["task"] == task]) for task in sorted({r["task"] for r in some})}
+        console.print(_table({name: "accuracy"}, shares(some), tasks, width=40))
+        for line in readings(some):
+            console.print(line, style="dim", highlight=False, markup=False)
+
+
+def readings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about the answers that the published rule did not read, and about the intervals."""
+    ways = Counter(r["how"] for r in records if r["correct"] is not None)
+    undecided = Counter(r["how"] for r in records if r["correct"] is None)
+    of = f"of {len(records)} answers"
+    told = {
+        "quick": f"{ways['quick']} {of} were read by quick rules, not by the published evaluation's own",
+        "model": f"{ways['model']} {of} were read or compared by a model",
+        "random": f"{ways['random']} {of} named no option, and one was drawn, as published",
+    }
+    lines = [f"{text}." for way, text in told.items() if ways[way]]
+    if undecided:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in undecided.most_common())
+        lines.append(f"{sum(undecided.values())} {of} are undecided and left out ({reasons}); run again to ask again.")
+    return [*lines, "Percent, with 95 % Wilson intervals over questions."]
+
+
+def _table(
+    heads: Mapping[str, str], whole: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], width: int = 20
+) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=20)
+    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=width)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for name, part in {"all": whole, **(tasks if len(tasks) > 1 else {})}.items():

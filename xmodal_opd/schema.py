@@ -181,12 +181,25 @@ class Train(Part):
     threads: int | None = None  # CPU threads; default: all cores
 
 
+class Extractor(Part):
+    """A model behind an OpenAI-compatible endpoint that finds the answers in responses to a benchmark."""
+
+    model: str
+    url: str = "http://127.0.0.1:8000/v1"
+    api_key_env: str | None = None  # the environment variable with its key
+    timeout: float = Field(default=60.0, gt=0)  # seconds of one attempt
+    retries: int = Field(default=2, ge=0)
+    concurrency: int = Field(default=8, ge=1)  # requests at a time
+    max_tokens: int = Field(default=128, ge=1)
+
+
 class Eval(Part):
     every: int = Field(default=0, ge=0)  # steps between evaluations on `during` questions; 0: only before and after
     during: int = Field(default=100, ge=1)
     samples: int | None = Field(default=None, ge=1)  # questions before and after; default: all
     batch: int = Field(default=24, ge=1)
     kl: bool = True
+    extractor: Extractor | None = None  # of benchmarks whose published evaluation asks a model; default: quick rules
 
 
 class Checkpoint(Part):

@@ -3,6 +3,7 @@
 A record is one question: {"key", "task", "text_correct", "student_correct"}. Accuracies are shares from 0 to 1.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,23 @@ def bootstrap_interval(correct: Sequence[bool | float], seed: int = 0) -> tuple[
     """95 % percentile bootstrap of a mean; the same for the same seed. Collapses to a point when all are alike."""
     low, high = _interval(resampled_means(np.asarray(correct, float)[:, None], seed)[:, 0])
     return low, high
+
+
+def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score (JASA 22, 1927): never a point, never beyond 0 and 1."""
+    share, spread = right / count, z * z / count
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def shares(records: Sequence[Record]) -> dict[str, Any]:
+    """How many of a benchmark's questions were decided, and which share of them is right, with its `_ci`."""
+    decided = [r["correct"] for r in records if r["correct"] is not None]
+    if not decided:
+        return {"questions": 0, "accuracy": None}
+    right = sum(decided)
+    interval = list(wilson_interval(right, len(decided)))
+    return {"questions": len(decided), "accuracy": right / len(decided), "accuracy_ci": interval}
 
 
 def accuracies(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:

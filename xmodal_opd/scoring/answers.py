@@ -175,6 +175,11 @@ def maths_equal(pairs: Sequence[tuple[str, str]], seconds: float = 2.0) -> list[
     return verdicts + [None] * (len(pairs) - len(verdicts))
 
 
+def without_thoughts(text: str) -> str:
+    """The text without <think>…</think>, or without all that follows a thought that does not end."""
+    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+
+
 def require_maths() -> None:
     """Raises ImportError when `math-verify` is not installed."""
     if find_spec("math_verify") is None:

@@ -20,7 +20,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
-from xmodal_opd.scoring.answers import announced, extract, plain, require_maths, same_answers
+from xmodal_opd.scoring.answers import announced, extract, plain, require_maths, same_answers, without_thoughts
 from xmodal_opd.scoring.layouts import LAYOUTS, reached
 from xmodal_opd.serving import Client, Failure, connect, patiently, send
 from xmodal_opd.types import Rollout
@@ -191,7 +191,7 @@ def llm(
     until the next step, so a step never waits much longer than (retries + 1) * timeout for a dead one. api_key_env: the
     environment variable with the key.
     """
-    endpoint = Endpoint(_checked_url(url), model, _key(api_key_env), timeout, retries, concurrency, max_tokens)
+    endpoint = endpoint_at("judge 'llm'", url, model, api_key_env, timeout, retries, concurrency, max_tokens)
     known: dict[bytes, float] = {}
 
     async def reward(prompts, completions, *, fail=_ignore, **columns) -> Rewards:
@@ -217,8 +217,7 @@ JUDGES: dict[str, Callable[..., Reward]] = {
 
 def verdict(reply: str) -> float | None:
     """1.0 or 0.0 when that is the one digit a reply settles on, thoughts apart; otherwise None."""
-    reply = re.sub(r"<think>.*?(</think>|$)", "", reply, flags=re.DOTALL)
-    said = set(re.findall(r"(?<![\w.])\d+(?![\w]|\.\d)", reply))
+    said = set(re.findall(r"(?<![\w.])\d+(?![\w]|\.\d)", without_thoughts(reply)))
     return float(said.pop()) if said in ({"0"}, {"1"}) else None
 
 
@@ -240,23 +239,37 @@ class Endpoint:
 
 async def ask_all(endpoint: Endpoint, questions: Sequence[str]) -> list[float | str]:
     """The verdict on each question, or the reason there is none."""
+    replies = await replies_of(endpoint, questions)
+    said = [str(reply) if isinstance(reply, Failure) else verdict(reply) for reply in replies]
+    return ["reply is neither 1 nor 0" if value is None else value for value in said]
+
+
+async def replies_of(endpoint: Endpoint, questions: Sequence[str]) -> list[str | Failure]:
+    """The reply to each question, or why there is none."""
     gate, lost = asyncio.Semaphore(endpoint.concurrency), [0]  # lost: requests in a row without any reply
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
-    async def one(client: Client, question: str) -> float | str:
+    async def one(client: Client, question: str) -> str | Failure:
         async with gate:
             if lost[0] >= endpoint.concurrency:
-                return "endpoint is down"
+                return Failure("endpoint is down")
             try:
-                said = verdict(await patiently(lambda: ask_once(client, endpoint, question), endpoint.retries))
+                reply = await patiently(lambda: ask_once(client, endpoint, question), endpoint.retries)
             except Failure as failure:
                 lost[0] = lost[0] + 1 if failure.again else 0
-                return str(failure)
+                return failure
             lost[0] = 0
-            return "reply is neither 1 nor 0" if said is None else said
+            return reply
 
     async with connect(headers) as client:
         return list(await asyncio.gather(*map(one, repeat(client), questions)))
+
+
+def asker(who: str, **options: Any) -> Callable[[list[str]], list[str | Failure]]:
+    """What the model behind an endpoint replies, with the options of `llm` but `to`."""
+    names = ("url", "model", "api_key_env", "timeout", "retries", "concurrency", "max_tokens")
+    endpoint = endpoint_at(who, *(options[name] for name in names))
+    return lambda questions: asyncio.run(replies_of(endpoint, questions))
 
 
 async def ask_once(client: Client, endpoint: Endpoint, question: str) -> str:
@@ -274,20 +287,17 @@ async def ask_once(client: Client, endpoint: Endpoint, question: str) -> str:
         raise Failure("reply is not a chat completion") from None
 
 
-def _checked_url(url: str) -> str:
+def endpoint_at(who: str, url: str, model: str, api_key_env: str | None, *limits: Any) -> Endpoint:
+    """`limits` as Endpoint has them, in order. Raises ValueError, with who asks, for an address or key that is none."""
     if not re.match(r"https?://[^/\s]+", url):
-        raise ValueError(
-            f"judge 'llm' cannot ask {url!r}; give the address up to /v1, such as http://127.0.0.1:8000/v1"
-        )
-    return url.rstrip("/").removesuffix("/chat/completions")
+        raise ValueError(f"{who} cannot ask {url!r}; give the address up to /v1, such as http://127.0.0.1:8000/v1")
+    return Endpoint(url.rstrip("/").removesuffix("/chat/completions"), model, _key(who, api_key_env), *limits)
 
 
-def _key(name: str | None) -> str | None:
+def _key(who: str, name: str | None) -> str | None:
     key = os.environ.get(name, "").strip() if name else None
     if name and not (key and key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"judge 'llm' reads its key from the environment variable {name!r}, which is unset or not a key"
-        )
+        raise ValueError(f"{who} reads its key from the environment variable {name!r}, which is unset or not a key")
     return key
 
 
@@ -321,12 +331,13 @@ def _questions(
     """The question to ask about each completion; None where either side is empty, which is 0 without asking."""
     _, targets = _targets(judge, to, columns, len(completions))
     return [
-        _question(prompt, done, target) if done.strip() and (target or "").strip() else None
+        comparison(prompt, done, target) if done.strip() and (target or "").strip() else None
         for prompt, done, target in zip(prompts, completions, targets, strict=True)
     ]
 
 
-def _question(prompt: Any, response: str, target: str | None) -> str:
+def comparison(prompt: Any, response: str, target: str | None) -> str:
+    """The question whether a response reaches the answer, which `verdict` reads the reply to."""
     shown = f"The question was:\n{prompt}\n\n" if isinstance(prompt, str) and prompt.strip() else ""
     text = QUESTION.format(prompt=shown, response=response.strip(), target=(target or "").strip())
     return text.encode(errors="replace").decode()  # half a surrogate pair cannot be sent
