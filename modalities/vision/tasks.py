@@ -12,10 +12,11 @@ from typing import Any
 
 from modalities.tasks import FAMILIES, ONES, held_out
 
-LABELS = (  # of charts: short words, so that four fit side by side
-    ("cat", "dog", "hen", "pig", "cow", "fox"),
-    ("plum", "pear", "fig", "lime", "kiwi", "date"),
-    ("red", "blue", "pink", "gray", "teal", "gold"),
+LABELS = (  # of charts: words the text questions know too, short, so that three fit side by side
+    ("horse", "tiger", "camel", "rabbit", "lizard"),
+    ("grape", "melon", "cherry", "banana"),
+    ("flute", "piano", "drum", "guitar", "violin"),
+    ("silver", "purple", "orange", "yellow"),
 )
 POLYGONS = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}
 SHAPES = ("circle", "square", "triangle")
@@ -64,15 +65,15 @@ def digits(rng: random.Random) -> Scene:
 
 
 def charts(rng: random.Random) -> Scene:
-    """A bar or line chart of two to four values, and a question about one or two of them."""
-    values = rng.sample(range(MOST + 1), rng.randint(2, 4))
+    """A bar or line chart of two or three values, and a question about one or two of them."""
+    values = rng.sample(range(MOST + 1), rng.randint(2, 3))
     labels = rng.sample(rng.choice(LABELS), len(values))
     table = dict(zip(labels, values, strict=True))
     kind = rng.choice(("bars", "line"))
     prompt, worked, answer = rng.choice((_value, _extreme, _difference, _together))(rng, table)
     picture = {"kind": kind, "labels": labels, "values": values}
     instance = f"charts {' '.join(map(str, sorted(values)))}"
-    shown = ", ".join(f"{label} {ONES[value]}" for label, value in table.items()) + "."
+    shown = f"chart: {', '.join(f'{label} {ONES[value]}' for label, value in table.items())}."
     return _scene("charts", instance, picture, shown, prompt, worked, answer)
 
 
