@@ -252,6 +252,31 @@ def test_a_run_without_a_gap_is_not_averaged_in():
     assert report.table([some, none]).rstrip().endswith(f"| {100 * some['gap_closed']:.1f} (1 of 2) |")
 
 
+def test_other_questions_that_a_run_was_asked_are_a_column(tmp_path: Path):
+    for name, right in (("r1", 8), ("r2", 4)):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text(
+            json.dumps(summary(three_tasks(0.3), three_tasks(0.7), 1.0) | {"method": "APO" if name == "r1" else "GRPO"})
+        )
+        for file in ("before", "after") if name == "r2" else ("before", "after", "speech"):
+            answers = records([1] * 10, share(right, 10))
+            (tmp_path / name / "eval" / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
+    head, _, apo, grpo = report.table(report.load_summaries([tmp_path / "r1", tmp_path / "r2"])).splitlines()
+    assert head.endswith("| closed % | speech |") and apo.endswith("| 80.0 |") and grpo.endswith("| – |")
+
+
+def test_metrics_have_a_table_of_their_first_and_last_tenth(tmp_path: Path):
+    for seed in (0, 1):
+        with Metrics(tmp_path / str(seed)) as metrics:
+            for step in range(1, 21):
+                metrics.write(step, {"entropy": 1 / step + seed})
+    runs = {"APO": [tmp_path / "0", tmp_path / "1"]}
+    head, _, line = report.metrics_table(runs, ["entropy", "never"]).splitlines()
+    first, last = (1 + 1 / 2) / 2 + 0.5, (1 / 19 + 1 / 20) / 2 + 0.5
+    assert head == "| method | runs | entropy, first tenth | last | never, first tenth | last |"
+    assert line == f"| APO | 2 | {first:.3f} ± 0.707 | {last:.3f} ± 0.707 | – | – |"
+
+
 def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"has no summary\.json"):
         report.load_summaries([tmp_path])
@@ -319,6 +344,16 @@ def test_the_gap_figure_shows_the_spread_over_seeds(tmp_path: Path):
     steps, values = report.together([report.read(run) for run in runs], (TEXT, STUDENT))
     assert steps == [0, 20, 40, 60] and values.shape == (3, 2, 4)
     assert values[:, 1, 0].tolist() == [0.36] * 3 and values[:, 1, -1].std() > 0
+
+
+def test_metrics_are_drawn_a_panel_each_and_a_line_a_method(tmp_path: Path):
+    runs = [make_run(tmp_path / str(seed), seed) for seed in range(3)]
+    one = report.metrics_figure({"GRPO": runs[:1]}, ["reward"], tmp_path / "one.png")
+    two = report.metrics_figure({"GRPO": runs[:1], "APO": runs[1:]}, ["reward", "loss"], tmp_path / "two.png")
+    assert imread(two).shape[1] > 1.5 * imread(one).shape[1]
+    assert shows(two, report.COLOURS[1]) and not shows(one, report.COLOURS[1])
+    with pytest.raises(ValueError, match="no step has entropy in all 1 runs"):
+        report.metrics_figure({"GRPO": runs[:1]}, ["entropy"], tmp_path / "none.png")
 
 
 def test_the_gap_figure_of_runs_without_evaluations_says_what_to_set(tmp_path: Path):

@@ -72,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--lmms-eval", metavar="FOLDER", help="also write them in the form of lmms-eval")
     table = commands.add_parser("report", help="a table over finished runs: mean and spread over seeds")
     table.add_argument("runs", nargs="+", help="run folders, each with a summary.json")
-    table.add_argument("--figure", help="also draw the gap over the steps into this PNG")
+    table.add_argument("--figure", help="also draw the gap, or the metrics, over the steps into this PNG")
+    table.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help="also a table of these, such as entropy"
+    )
     table.set_defaults(run=report)
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -178,12 +181,15 @@ def report(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
     summaries = report.load_summaries(runs)
     print(report.table(summaries))
-    if arguments.figure:
-        panels = {
-            s["method"]: [r for r, t in zip(runs, summaries, strict=True) if t["method"] == s["method"]]
-            for s in summaries
-        }
-        print(report.gap_figure(panels, Path(arguments.figure)))
+    folders = {method: [] for method in report.by_method(summaries)}
+    for run, told in zip(runs, summaries, strict=True):
+        folders[str(told["method"])].append(run)
+    if arguments.metrics:
+        print(report.metrics_table(folders, arguments.metrics))
+    if arguments.figure and arguments.metrics:
+        print(report.metrics_figure(folders, arguments.metrics, Path(arguments.figure)))
+    elif arguments.figure:
+        print(report.gap_figure(folders, Path(arguments.figure)))
     return 0
 
 

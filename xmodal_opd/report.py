@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,6 +26,7 @@ from xmodal_opd.statistics import summary as summary
 Rows = Sequence[Mapping[str, Any]]
 TEXT, STUDENT = "eval/text_accuracy", "eval/student_accuracy"
 INK, TEXT_COLOUR, STUDENT_COLOUR, QUIET = "#22303c", "#2f6690", "#e07a3f", "#8a97a3"
+COLOURS = (QUIET, TEXT_COLOUR, STUDENT_COLOUR, INK)
 CURVES = {  # title: the metrics drawn in one panel ("distill/" is every one that starts so)
     "loss": ("loss",),
     "token KL, student ‖ teacher": ("distill/", "eval/token_kl"),
@@ -130,21 +132,60 @@ def load_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if not (folder / "summary.json").is_file():
             raise FileNotFoundError(f"{folder} has no summary.json: it is not the folder of a run that came to its end")
-    return [{"method": f.resolve().name, **json.loads((f / "summary.json").read_text("utf-8"))} for f in folders]
+    return [
+        {"method": f.resolve().name, **json.loads((f / "summary.json").read_text("utf-8")), "elsewhere": elsewhere(f)}
+        for f in folders
+    ]
+
+
+def elsewhere(folder: Path) -> dict[str, float]:
+    """Student accuracy on other questions: of each eval/NAME.jsonl that `xmodal-opd eval` wrote into a run folder."""
+    others = sorted(path for path in (folder / "eval").glob("*.jsonl") if path.stem not in ("before", "after"))
+    records = {path.stem: map(json.loads, path.read_text("utf-8").splitlines()) for path in others}
+    return {name: fmean(r["student_correct"] for r in some) for name, some in records.items()}
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, one line a method: its runs (seeds), and mean ± standard deviation over them, in percent."""
-    lines = [
-        "| method | runs | text before | after | student before | after | gap before | after | closed % |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """Markdown, one line a method: its runs (seeds), and mean ± standard deviation over them, in percent; last, the
+    accuracy on other questions where runs have it."""
+    others = sorted({name for s in summaries for name in s.get("elsewhere", {})})
+    heads = ["text before", "after", "student before", "after", "gap before", "after", "closed %", *others]
     names = ("text_accuracy_before", "text_accuracy_after", "student_accuracy_before", "student_accuracy_after")
-    for method in dict.fromkeys(str(s["method"]) for s in summaries):
-        runs = [s for s in summaries if str(s["method"]) == method]
-        cells = [_mean_sd([run[name] for run in runs]) for name in (*names, "gap_before", "gap_after", "gap_closed")]
-        lines.append(f"| {' | '.join([method.replace('|', '/'), str(len(runs)), *cells])} |")
-    return "\n".join(lines) + "\n"
+    names += ("gap_before", "gap_after", "gap_closed")
+    rows = {}
+    for method, runs in by_method(summaries).items():
+        cells = [_mean_sd([run[name] for run in runs]) for name in names]
+        rows[method] = [*cells, *(_mean_sd([run.get("elsewhere", {}).get(name) for run in runs]) for name in others)]
+    return _markdown(heads, rows, {method: len(runs) for method, runs in by_method(summaries).items()})
+
+
+def metrics_table(runs: Mapping[str, Sequence[Path]], names: Sequence[str]) -> str:
+    """Markdown, one line a method: means of metrics over the first and the last tenth of the steps, ± over its runs."""
+    rows = {}
+    for method, folders in runs.items():
+        steps = [read(folder) for folder in folders]
+        parts = [[tenths(some, name)[end] for some in steps] for name in names for end in (0, 1)]
+        rows[method] = [_mean_sd(part, scale=1.0, digits=3) for part in parts]
+    heads = [head for name in names for head in (f"{name}, first tenth", "last")]
+    return _markdown(heads, rows, {method: len(folders) for method, folders in runs.items()})
+
+
+def tenths(rows: Rows, name: str) -> tuple[float | None, float | None]:
+    """Means of a metric over the first and the last tenth of its values; None where it was never measured."""
+    _, values = series(rows, name)
+    few = max(1, len(values) // 10)
+    return (fmean(values[:few]), fmean(values[-few:])) if values else (None, None)
+
+
+def by_method(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    methods = dict.fromkeys(str(s["method"]) for s in summaries)
+    return {method: [s for s in summaries if str(s["method"]) == method] for method in methods}
+
+
+def _markdown(heads: Sequence[str], rows: Mapping[str, Sequence[str]], runs: Mapping[str, int]) -> str:
+    lines = [["method", "runs", *heads], ["---", *["---:"] * (1 + len(heads))]]
+    lines += [[method.replace("|", "/"), str(runs[method]), *cells] for method, cells in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cell(part: Mapping[str, Any], name: str, form: str = "{}\n[dim]{}[/]") -> str:
@@ -155,10 +196,10 @@ def _cell(part: Mapping[str, Any], name: str, form: str = "{}\n[dim]{}[/]") -> s
     return form.format(f"{100 * part[name]:.1f}", "…".join(f"{100 * v:.{digits}f}" for v in part[f"{name}_ci"]))
 
 
-def _mean_sd(values: Sequence[float | None]) -> str:
-    known = [100 * v for v in values if v is not None]
-    mean = f"{fmean(known):.1f}" if known else "–"
-    spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
+def _mean_sd(values: Sequence[float | None], scale: float = 100.0, digits: int = 1) -> str:
+    known = [scale * v for v in values if v is not None]
+    mean = f"{fmean(known):.{digits}f}" if known else "–"
+    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
     return mean + spread + (f" ({len(known)} of {len(values)})" if 0 < len(known) < len(values) else "")
 
 
@@ -198,6 +239,26 @@ def gap_figure(runs: Mapping[str, Sequence[Path]], path: Path) -> Path:
         _gap(axis, [read(folder) for folder in folders])
         axis.set_xlabel("step", color=QUIET)
     axes[0].set_ylabel("accuracy", color=QUIET)
+    axes[0].legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def metrics_figure(runs: Mapping[str, Sequence[Path]], names: Sequence[str], path: Path) -> Path:
+    """Metrics over the steps, one panel each: smoothed means over the runs of each method, and one standard deviation.
+
+    runs: run folders by method. Raises ValueError for a metric that a method's runs have not measured at any same step.
+    """
+    figure = Figure(figsize=(1.2 + 4.4 * len(names), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        _dress(axis, name)
+        for colour, (method, folders) in zip(cycle(COLOURS), runs.items()):
+            steps, values = together([read(folder) for folder in folders], (name,))
+            lines = np.array([smooth(line, max(1.0, len(steps) / 40)) for line in values[:, 0].tolist()])
+            mean, spread = lines.mean(0), lines.std(0, ddof=1) if len(lines) > 1 else np.zeros(len(steps))
+            axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(steps, mean, color=colour, linewidth=1.8, label=method)
+        axis.set_xlabel("step", color=QUIET)
     axes[0].legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
