@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Make WebDataset shards of spoken questions, and re-shard, filter, merge or look at shards.
+"""Make WebDataset shards of questions that are heard or seen, and re-shard, filter, merge or look at shards.
 
-    python tools/prepare_shards.py tasks data/train --count 4000
+    python tools/prepare_shards.py tasks data/spoken/train --count 4000
     python tools/prepare_shards.py text questions.jsonl data/train --accents en-us,en-gb --noise-snr 5:20
     python tools/prepare_shards.py audio recordings.jsonl data/train
+    python tools/prepare_shards.py scenes data/vision/train --count 4000 --families rendered,charts --blur 0.5:1.5
+    python tools/prepare_shards.py images questions.jsonl data/train
     python tools/prepare_shards.py reshard data/train data/more data/arithmetic --where task=arithmetic
     python tools/prepare_shards.py inspect data/train -n 3
 
@@ -18,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 COMPARE = {
@@ -38,12 +42,22 @@ def arguments() -> argparse.ArgumentParser:
     tasks.add_argument("--families", type=names, help="comma-separated (all: arithmetic,ordering,choice)")
     text = commands.add_parser("text", help="written questions, to be spoken: prompt or messages, and answer")
     audio = commands.add_parser("audio", help="recordings with their transcripts, in TRL's or ms-swift's form or plain")
-    for command in (text, audio):
-        command.add_argument("file", help="one JSON record a line; audio paths are relative to it")
-    for command in (tasks, text, audio):
+    scenes = commands.add_parser("scenes", help="the built-in questions about pictures, drawn")
+    scenes.add_argument("--count", type=int, default=2000, help="how many (2000)")
+    scenes.add_argument("--families", type=names, help="comma-separated (all: rendered,charts,geometry,digits)")
+    images = commands.add_parser(
+        "images", help="images and videos with their text, in TRL's or ms-swift's form or plain"
+    )
+    for command in (text, audio, images):
+        command.add_argument("file", help="one JSON record a line; paths of media are relative to it")
+    for command in (tasks, text, audio, scenes, images):
         common(command)
-    spoken(tasks)
-    spoken(text)
+    for command in (tasks, text, audio):
+        heard(command)
+    for command in (tasks, text):
+        spoken(command)
+    for command in (scenes, images):
+        seen(command)
     reshard = commands.add_parser("reshard", help="filter, merge or cut anew")
     reshard.add_argument("sources", nargs="+", help="folders, index.json, tars, patterns or urls")
     reshard.add_argument("out", help="folder to write")
@@ -52,16 +66,22 @@ def arguments() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show samples")
     inspect.add_argument("sources", nargs="+", help="folders, index.json, tars, patterns or urls")
     inspect.add_argument("-n", type=int, default=3, help="how many (3)")
+    inspect.add_argument("--save", help="folder for their media, to look at and listen to")
     return parser
 
 
 def common(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", help="folder to write")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--split", default="train", help="whose voices and questions: train or test (train)")
+    command.add_argument(
+        "--split", default="train", help="whose questions, voices, fonts and handwriting: train or test (train)"
+    )
     command.add_argument("--instruction", default="", help="text after the question, in both views")
     command.add_argument("--per-shard", type=int, default=256, help="samples in a tar (256)")
     command.add_argument("--workers", type=int, help="processes (one for each core)")
+
+
+def heard(command: argparse.ArgumentParser) -> None:
     command.add_argument("--speed", type=between, help="factor, or lowest:highest")
     command.add_argument("--reverb", type=between, help="seconds, or lowest:highest")
     command.add_argument("--noise-snr", type=between, help="dB, or lowest:highest")
@@ -72,6 +92,14 @@ def spoken(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tts-command", help="another speech engine: a command with {out}, and {text} or standard input"
     )
+
+
+def seen(command: argparse.ArgumentParser) -> None:
+    """What is not given is slight for scenes, and left alone for images."""
+    command.add_argument("--rotation", type=between, help="degrees to either side, or lowest:highest")
+    command.add_argument("--blur", type=between, help="standard deviation in pixels, or lowest:highest")
+    command.add_argument("--texture", type=between, help="grain, in grey levels of 255, or lowest:highest")
+    command.add_argument("--jpeg", type=between, help="quality of compression, 1 to 95, or lowest:highest")
 
 
 def names(value: str) -> list[str]:
@@ -99,9 +127,13 @@ def main() -> None:
 
 
 def make(kind: str, out: str, **options: Any) -> None:
-    from modalities.audio.prepare import prepare
+    if kind in ("scenes", "images"):
+        from modalities.vision.prepare import prepare
+    else:
+        from modalities.audio.prepare import prepare
 
-    options["command"] = options.pop("tts_command", None)
+    if "tts_command" in options:
+        options["command"] = options.pop("tts_command")
     began = time.monotonic()
     index = prepare(out, kind, **{name: value for name, value in options.items() if value is not None})
     seconds = time.monotonic() - began
@@ -190,7 +222,7 @@ def fetch(rows: Sequence[Any]) -> Iterator[Mapping[str, bytes] | str]:
 # ---- inspect
 
 
-def inspect(sources: list[str], n: int) -> None:
+def inspect(sources: list[str], n: int, save: str | None) -> None:
     from xmodal_opd.data import Shards
 
     shards = Shards(sources, shuffle=False)
@@ -199,32 +231,47 @@ def inspect(sources: list[str], n: int) -> None:
         for name, messages in sample["views"].items():
             print(f"  {name}: {' | '.join(shown(message) for message in messages)}")
         print(f"  answer: {sample['answer']}\n  meta: {sample['meta']}")
+        kinds = {p[p["type"]]: p["type"] for m in chain(*sample["views"].values()) for p in parts_of(m)}
         for name, data in sample["media"].items():
-            print(f"  {name}: {measured(data)}")
+            print(f"  {name}: {measured(kinds.get(name), data)}")
+            if save:
+                keep(Path(save, f"{sample['__key__']}.{name}"), data)
         n -= 1
         if not n:
             break
 
 
-def shown(message: Mapping[str, Any]) -> str:
+def parts_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     content = message["content"]
-    parts = (
-        [content]
-        if isinstance(content, str)
-        else [p["text"] if p["type"] == "text" else f"<{p[p['type']]}>" for p in content]
-    )
-    return f"{message['role']}: {' '.join(parts)}"
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def measured(data: bytes) -> str:
+def shown(message: Mapping[str, Any]) -> str:
+    said = (part["text"] if part["type"] == "text" else f"<{part[part['type']]}>" for part in parts_of(message))
+    return f"{message['role']}: {' '.join(said)}"
+
+
+def measured(kind: str | None, data: bytes) -> str:
+    """What a file holds: seconds of sound, pixels of an image."""
     from modalities.audio.media import read
+    from modalities.vision.media import decode, suffix
     from xmodal_opd.types import SampleError
 
     try:
-        wave, rate = read(data)
+        if kind == "audio":
+            wave, rate = read(data)
+            return f"{len(wave) / rate:.2f} s, {rate} Hz, peak {abs(wave).max():.2f}, {len(data)} bytes"
+        if kind == "image":
+            image = decode(data)
+            return f"{image.width} x {image.height} pixels, {suffix(data).strip('.')}, {len(data)} bytes"
     except SampleError as error:
         return f"{len(data)} bytes; {error}"
-    return f"{len(wave) / rate:.2f} s, {rate} Hz, peak {abs(wave).max():.2f}, {len(data)} bytes"
+    return f"{len(data)} bytes"
+
+
+def keep(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
 """Spoken questions as WebDataset shards: built-in tasks, written questions, or recordings."""
 
-import json
-import os
 import random
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from itertools import islice
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
-import torch
 
 from modalities.audio.media import Wave, check, decode, encode, resample
-from modalities.audio.records import Draft, audio_draft, file_name, read_lines, task_draft, text_draft
+from modalities.audio.records import Spoken, audio_draft, file_name, task_draft, text_draft
 from modalities.audio.speech import (
     ACCENTS,
     add_noise,
@@ -31,11 +23,11 @@ from modalities.audio.speech import (
     speak,
     voices,
 )
-from modalities.shards import write_shards
+from modalities.prepare import Drafts, Range, known, read_drafts, record_bytes, within, write_drafts
+from modalities.records import opened
 from modalities.tasks import FAMILIES, questions
 from xmodal_opd.types import SampleError
 
-Range = float | Sequence[float] | None  # one value, or lowest and highest
 READERS = {"text": text_draft, "audio": audio_draft}
 
 
@@ -74,57 +66,40 @@ def prepare(
     """
     options = Sound(**sound)
     voices(options.split, options.accents)
-    base = Path(file).parent if file else Path()
     drafts = _tasks(options, count, families, instruction) if kind == "tasks" else _lines(kind, file, instruction)
-    settings = {"kind": kind, "records": digest(drafts), "per_shard": per_shard, **asdict(options)}
-    each = partial(render, options, base)
-
-    def samples(numbers: Sequence[int]) -> Iterator[dict[str, bytes] | str]:
-        if kind != "audio" and not options.command:
-            installed()  # here, where a missing engine is one message and not one from each worker
-        return _map(each, [(n, drafts[n]) for n in numbers], workers or os.cpu_count() or 1)
-
-    return write_shards(folder, settings, len(drafts), samples, per_shard, progress)
-
-
-def digest(drafts: Iterable[Draft | str]) -> str:
-    """A name for the contents: the same questions, in the same order, in the same words."""
-    plain = [draft if isinstance(draft, str) else asdict(draft) for draft in drafts]
-    return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    spoken = kind != "audio" and not options.command
+    return write_drafts(
+        folder,
+        kind,
+        drafts,
+        partial(render, options, Path(file).parent if file else Path()),
+        asdict(options),
+        ready=installed if spoken else tuple,
+        per_shard=per_shard,
+        workers=workers,
+        progress=progress,
+    )
 
 
 # ---- what to ask
 
 
-def _tasks(options: Sound, count: int, families: Sequence[str], instruction: str) -> list[Draft | str]:
-    if unknown := [name for name in families if name not in FAMILIES]:
-        raise ValueError(f"there is no task {unknown[0]!r}; have: {', '.join(FAMILIES)}")
+def _tasks(options: Sound, count: int, families: Sequence[str], instruction: str) -> Drafts:
+    known(families, FAMILIES)
     asked = islice(questions(options.seed, options.split, families), count)
     return [task_draft(question, options.split, instruction) for question in asked]
 
 
-def _lines(kind: str, file: str | Path | None, instruction: str) -> list[Draft | str]:
+def _lines(kind: str, file: str | Path | None, instruction: str) -> Drafts:
     if kind not in READERS or file is None:
         raise ValueError(f"kind is tasks, or {' or '.join(READERS)} with a file of records; got {kind!r} and {file}")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no file of records {file}")
-    lines = read_lines(Path(file).read_text("utf-8"), Path(file).name)
-    return [_draft(kind, where, record, instruction) for where, record in lines]
-
-
-def _draft(kind: str, where: str, record: Any, instruction: str) -> Draft | str:
-    try:
-        return f"{where}: {record}" if isinstance(record, str) else READERS[kind](record, where, instruction)
-    except SampleError as error:
-        return f"{where}: {error}"
-    except (TypeError, KeyError, AttributeError) as error:
-        return f"{where}: a field is not of the form it should have ({error!r})"
+    return read_drafts(file, READERS[kind], instruction)
 
 
 # ---- how it sounds
 
 
-def render(options: Sound, base: Path, job: tuple[int, Draft | str]) -> dict[str, bytes] | str:
+def render(options: Sound, base: Path, job: tuple[int, Spoken | str]) -> dict[str, bytes] | str:
     """Files of one sample, or why it is refused; a pure function of its arguments."""
     number, draft = job
     if isinstance(draft, str):
@@ -136,16 +111,13 @@ def render(options: Sound, base: Path, job: tuple[int, Draft | str]) -> dict[str
     except SampleError as error:
         return f"{draft.where}: {error}"
     seconds = round(sum(map(len, waves)) / options.rate, 3)
-    meta = {**draft.meta, **voice, "source": draft.where, "seconds": seconds}
-    views = {"student": draft.student, "teacher": draft.teacher}
-    record = {"views": views, "answer": draft.answer, "meta": meta}
     audio = {file_name(i): encode(wave, options.rate) for i, wave in enumerate(waves)}
-    return {"json": json.dumps(record, ensure_ascii=False).encode(), **audio}
+    return {"json": record_bytes(draft, {**voice, "source": draft.where, "seconds": seconds}), **audio}
 
 
-def _waves(options: Sound, base: Path, draft: Draft, rng: random.Random) -> tuple[list[Wave], dict[str, Any]]:
+def _waves(options: Sound, base: Path, draft: Spoken, rng: random.Random) -> tuple[list[Wave], dict[str, Any]]:
     if draft.audio:
-        return [decode(base / path.removeprefix("file://"), options.rate) for path in draft.audio], {}
+        return [decode(opened(source, base, "audio"), options.rate) for source in draft.audio], {}
     if options.command:
         wave, rate = command_speech(options.command, draft.speech)
         return [resample(wave, rate, options.rate)], {"voice": options.command}
@@ -157,47 +129,9 @@ def _waves(options: Sound, base: Path, draft: Draft, rng: random.Random) -> tupl
 def _effects(options: Sound, wave: Wave, rng: random.Random) -> Wave:
     noise = np.random.default_rng(rng.getrandbits(64))
     if options.speed is not None:
-        wave = change_speed(wave, _within(options.speed, rng))
+        wave = change_speed(wave, within(options.speed, rng))
     if options.reverb is not None:
-        wave = reverberate(wave, options.rate, _within(options.reverb, rng), noise)
+        wave = reverberate(wave, options.rate, within(options.reverb, rng), noise)
     if options.noise_snr is not None:
-        wave = add_noise(wave, _within(options.noise_snr, rng), noise)
+        wave = add_noise(wave, within(options.noise_snr, rng), noise)
     return wave
-
-
-def _within(value: float | Sequence[float], rng: random.Random) -> float:
-    return value if isinstance(value, (int, float)) else rng.uniform(*value)
-
-
-# ---- in parallel
-
-
-def _map(each: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
-    workers = min(workers, 1 + len(jobs) // 128)  # a process takes seconds to start
-    if workers == 1:
-        yield from _alone(each, jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_work) as pool:
-        yield from pool.map(each, jobs, chunksize=16)
-
-
-def _alone(each: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in a fixed order
-    try:
-        yield from map(each, jobs)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _begin_work() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a killed parent would leave its workers waiting on each other's pipes for ever
-    if parent := parent_process():
-        parent.join()
-        os._exit(1)

@@ -64,6 +64,12 @@ def degraded(image: Image.Image) -> Image.Image:
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
+def suffix(data: bytes) -> str:
+    """What the name of a file of these bytes, which `decode` reads, ends in: ".png", ".jpeg", …"""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        return f".{file.format or 'png'}".lower()
+
+
 def encode(image: Image.Image) -> bytes:
     """A PNG file."""
     out = io.BytesIO()
