@@ -388,7 +388,10 @@ def test_a_missing_file_of_records_is_named(tmp_path):
 
 def test_help_names_the_commands_and_imports_nothing_heavy():
     shown = subprocess.run([sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True)
-    assert all(name in shown.stdout for name in ("tasks", "text", "audio", "reshard", "inspect", "data/train"))
+    assert all(
+        name in shown.stdout
+        for name in ("tasks", "text", "audio", "scenes", "images", "reshard", "inspect", "data/train")
+    )
     assert "argparse" in shown.stderr
     assert not [name for name in ("torch", "numpy", "webdataset") if name in shown.stderr]
 

@@ -1,14 +1,23 @@
 """Questions about pictures: right answers, nothing held out seen in training, pictures that show what they say."""
 
+import base64
 import itertools
+import json
 import random
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from modalities.tasks import CATEGORIES, ONES, held_out
-from modalities.vision.draw import FONTS, draw, handwriting, random_look
+from modalities.vision.draw import FONTS, Look, draw, font, handwriting, random_look
+from modalities.vision.media import decode
+from modalities.vision.prepare import prepare
 from modalities.vision.tasks import POLYGONS, SCENES, Scene, scenes
+from tools import prepare_shards
+from xmodal_opd import build, config, schema
+from xmodal_opd.data import Shards
 
 NUMBER = {word: number for number, word in enumerate(ONES)}
 
@@ -83,7 +92,7 @@ def test_what_is_held_out_is_never_seen_in_training_in_any_order(family):
         signed = list(zip(["+", *picture["signs"]], picture["terms"], strict=True)) if scene.task == "digits" else ()
         return tuple(sorted(signed)) or scene.instance
 
-    train, test = ({(s.picture["kind"], content(s)) for s in some(family, 1500, split)} for split in ("train", "test"))
+    train, test = ({(s.picture["kind"], content(s)) for s in some(family, 500, split)} for split in ("train", "test"))
     if family == "charts":
         train, test = ({numbers for _, numbers in half} for half in (train, test))
     assert len(test) >= 12 and len(train) > 2 * len(test) / 3 and not train & test
@@ -116,8 +125,245 @@ def test_pictures_are_small_pure_and_show_ink(family):
 
 
 def test_fonts_and_handwriting_of_the_two_splits_are_disjoint():
-    assert not set(FONTS["train"]) & set(FONTS["test"])
+    text = Scene("rendered", "", {"kind": "text", "text": "Which one is a fruit?"}, "", "", "", "")
+    pages = {font: draw(text, Look(font=font)).tobytes() for fonts in FONTS.values() for font in fonts}
+    assert not set(FONTS["train"]) & set(FONTS["test"]) and len(set(pages.values())) == len(pages)
     train, test = (
         {image.tobytes() for images in handwriting(split).values() for image in images} for split in ("train", "test")
     )
     assert len(test) > 300 and len(train) > 1300 and not train & test
+
+
+@pytest.mark.parametrize("name", [name for fonts in FONTS.values() for name in fonts])
+def test_every_font_has_every_letter(name):
+    missing = bytes(font(name, 14).getmask("\u0378"))  # no one's letter
+    said = {letter for family in ("rendered", "charts") for s in some(family, 200) for letter in str(s.picture)}
+    assert not [letter for letter in said - {" "} if bytes(font(name, 14).getmask(letter)) in (missing, b"")]
+
+
+def test_lines_of_text_are_large_enough_to_read():
+    for split, fonts in FONTS.items():
+        for i, scene in enumerate(some("rendered", 40, split)):
+            page = np.asarray(draw(scene, Look(font=fonts[i % len(fonts)], size=13)), float)
+            inked = (np.abs(page - Look.paper).max(-1) > 90).any(1)
+            heights = [int(rows.sum()) for rows in np.split(inked, len(inked) // 28) if rows.any()]
+            assert heights and min(heights) >= 5, (scene, heights)  # of an x
+
+
+# ---- shards
+
+
+def shards(folder) -> list[dict]:
+    return list(Shards(str(folder), shuffle=False).samples(epochs=1))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+SETTINGS = {"count": 132, "per_shard": 33, "seed": 5, "families": ["digits", "geometry"], "blur": (0.2, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "out"
+    prepare(folder, workers=1, progress=False, **SETTINGS)
+    return folder
+
+
+def test_a_sample_holds_the_picture_and_both_views(tmp_path):
+    prepare(tmp_path / "out", count=8, split="test", instruction="Be brief.", workers=1, progress=False)
+    for sample, scene in zip(shards(tmp_path / "out"), scenes(0, "test"), strict=False):
+        image, *text = sample["views"]["student"][0]["content"]
+        assert image == {"type": "image", "image": "question.png"}
+        assert text[0]["text"].split("\n") == [*filter(None, [scene.prompt]), "Be brief."]
+        assert sample["views"]["teacher"][0]["content"][0]["text"] == f"{scene.question}\nBe brief."
+        assert (sample["answer"], sample["meta"]["response"]) == (scene.answer, scene.response)
+        assert (sample["meta"]["task"], sample["meta"]["instance"]) == (scene.task, scene.instance)
+        assert sample["meta"]["font"] in FONTS["test"] and sample["media"]["question.png"][:4] == b"\x89PNG"
+        assert decode(sample["media"]["question.png"]).size == (sample["meta"]["width"], sample["meta"]["height"])
+
+
+def test_two_workers_write_the_same_bytes_as_one(made, tmp_path):
+    prepare(tmp_path / "out", workers=2, progress=False, **SETTINGS)
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    out, drawn = tmp_path / "out", []
+
+    def stop_at(scene, look):
+        drawn.append(scene)
+        if len(drawn) == 70:
+            raise KeyboardInterrupt
+        return draw(scene, look)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("modalities.vision.prepare.draw", stop_at)
+        prepare(out, workers=1, progress=False, **SETTINGS)
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(finished) == 2 and not (out / "index.json").exists()
+    prepare(out, workers=1, progress=False, **SETTINGS)
+    assert contents(out) == contents(made) and {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"families": ["maps"]}, "no task 'maps'; have: rendered, charts, geometry, digits"),
+        ({"split": "valid"}, "no fonts for split 'valid'; have: train, test"),
+        ({"jpeg": 100}, "jpeg is 100; it is a number from 1 to 95, or lowest and highest"),
+        ({"blur": (2, 1)}, r"blur is \(2, 1\); it is a number from 0 to 100"),
+        ({"kind": "tasks"}, "kind is scenes, or images with a file of records; got 'tasks'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "out", **{"count": 1, "progress": False, **wrong})
+
+
+# ---- people's own images
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """a.png (64 x 32, red) and b.jpg (32 x 64, blue)."""
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (32, 64), "blue").save(tmp_path / "b.jpg")
+    (tmp_path / "c.webm").write_bytes(b"a video")
+    return tmp_path
+
+
+def prepared(folder, *records, **options):
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare(folder / "out", "images", folder / "records.jsonl", workers=1, progress=False, **options)
+    return shards(folder / "out")
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+ASKED = {"type": "text", "text": "What colour is it?"}
+SEEN = user({"type": "image", "image": "question.png"}, ASKED)
+READ = user({"type": "text", "text": "a red field\nWhat colour is it?"})
+CAPTION = {"caption": "a red field", "answer": "red"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": user({"type": "image"}, ASKED), "images": ["a.png"], **CAPTION},
+        {"prompt": user({"type": "image"}, ASKED), "images": [{"bytes": "INLINE", "path": None}], **CAPTION},
+        {"prompt": user({"type": "image", "image": "a.png"}, ASKED), "text": "a red field", "answer": "red"},
+        {"prompt": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,INLINE"}}, ASKED), **CAPTION},
+        {"prompt": user(ASKED), "images": "a.png", **CAPTION},
+        {"messages": [{"role": "user", "content": "<image>What colour is it?"}], "images": ["a.png"], **CAPTION},
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What colour is it?"},
+                {"role": "assistant", "content": "red"},
+            ],
+            "images": [{"path": "a.png"}],
+            "transcript": ["a red field"],
+        },
+        {"image": "a.png", "prompt": "What colour is it?", **CAPTION},
+        {"image": {"bytes": "INLINE"}, "instruction": "What colour is it?", **CAPTION},
+        {"image": "a.png", "prompt": "What colour is it?", "teacher_messages": READ, "solution": "red"},
+        {
+            "image": "a.png",
+            "prompt": "What colour is it?",
+            "teacher_prompt": READ[0]["content"][0]["text"],
+            "answer": "red",
+        },
+    ],
+)
+def test_every_form_of_record_gives_the_same_two_views(pictures, record):
+    data = (pictures / "a.png").read_bytes()
+    (sample,) = prepared(pictures, json.loads(json.dumps(record).replace("INLINE", base64.b64encode(data).decode())))
+    assert sample["views"] == {"student": SEEN, "teacher": READ} and sample["answer"] == "red"
+    assert sample["media"] == {"question.png": data}
+
+
+def test_several_images_and_a_video_keep_their_places_and_their_bytes(pictures):
+    said = "First <image> then <image> and <video> what is it?"
+    record = {"prompt": said, "images": ["b.jpg", "a.png"], "videos": ["c.webm"], "text": ["one", "two", "three"]}
+    (sample,) = prepared(pictures, record)
+    content = sample["views"]["student"][0]["content"]
+    assert [part.get("text", part.get(part["type"])) for part in content] == [
+        "First", "question.jpeg", "then", "question2.png", "and", "question.webm", "what is it?",
+    ]  # fmt: skip
+    named = {"question.jpeg": "b.jpg", "question2.png": "a.png", "question.webm": "c.webm"}
+    assert sample["media"] == {name: (pictures / file).read_bytes() for name, file in named.items()}
+    said = sample["views"]["teacher"][0]["content"][0]["text"]
+    assert said == "First\none\nthen\ntwo\nand\nthree\nwhat is it?"
+
+
+def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
+    (sample,) = prepared(pictures, {"image": "b.jpg", **CAPTION}, texture=20, rotation=(5, 10), jpeg=(50, 60))
+    (image,) = sample["views"]["student"][0]["content"]
+    worn = decode(sample["media"][image["image"]])
+    assert image["image"] == "question.png" and worn.size == (32, 64) and np.asarray(worn).std(0).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "no.png", **CAPTION}, r"line 2: image file .*no\.png: no such file"),
+        ({"image": "records.jsonl", **CAPTION}, "line 2: image of .* bytes cannot be decoded"),
+        ({"image": "a.png"}, "line 2: it has no text for the teacher view; add one of .*transcript, text, caption"),
+        ({"prompt": "<image><image>", "images": ["a.png"], **CAPTION}, "names 1 image files and has 2 places for them"),
+        ({"prompt": "<image>", "images": ["a.png"], "text": ["x", "y"]}, "'text' has 2 texts for 1 image or video"),
+        ({"prompt": "What?", **CAPTION}, "it has no image and no video; name one"),
+        ({"image": {"bytes": "%"}, **CAPTION}, "line 2: the bytes of its image are not base64"),
+        ({"image": "https://example.org/a.png", **CAPTION}, "is an address, https://example.org/a.png; download it"),
+        ({"image": "a.png", "teacher_prompt": "<image>"}, "'teacher_prompt' holds image, and the teacher reads text"),
+        ({"prompt": user({"type": "audio"}), **CAPTION}, "part of type 'audio' has no place in image shards"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_with_its_line(pictures, record, message):
+    with pytest.raises(ValueError, match=rf"1 of 2 records cannot be used, more than 1%.*{message}"):
+        prepared(pictures, {"image": "a.png", **CAPTION}, record)
+
+
+# ---- the program and the recipe
+
+
+def test_the_program_draws_shows_and_keeps_pictures(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare_shards", *map(str, arguments)])
+        prepare_shards.main()
+        return capsys.readouterr().out
+
+    options = ["--count", 2, "--families", "digits", "--split", "test", "--blur", "0:1", "--jpeg", 70, "--workers", 1]
+    assert "2 samples in 1 shards" in run("scenes", tmp_path / "out", *options)
+    settings = json.loads((tmp_path / "out" / "index.json").read_text())["settings"]
+    assert (settings["kind"], settings["split"], settings["blur"], settings["jpeg"]) == ("scenes", "test", [0, 1], 70)
+    said = run("inspect", tmp_path / "out", "-n", 1, "--save", tmp_path / "seen")
+    assert "student: user: <question.png>" in said and "question.png: 168 x 56 pixels, png, " in said
+    assert decode((tmp_path / "seen" / "00000000.question.png").read_bytes()).size == (168, 56)
+
+
+def recipe(modality: str, **prepares) -> schema.Recipe:
+    tree = {"name": "x", "modality": modality, "data": {"train": "a", "test": "b", "prepare": prepares}}
+    tree |= {"rollout": {"samplings": {}}, "objective": {}}
+    return schema.kind_of(tree).model_validate(tree)
+
+
+def test_a_recipe_of_vision_prepares_scenes(tmp_path):
+    data = recipe("vision", train=3, test=2, families=["geometry"], blur=[0.5, 1.0]).data
+    assert isinstance(data.prepare, schema.Scenes)
+    build.prepare_shards(data.prepare, str(tmp_path / "test"), "test", data.prepare.test)
+    settings = json.loads((tmp_path / "test" / "index.json").read_text())["settings"]
+    assert settings["kind"] == "scenes" and settings["blur"] == [0.5, 1.0]
+    assert [sample["meta"]["task"] for sample in shards(tmp_path / "test")] == ["geometry"] * 2
+
+
+@pytest.mark.parametrize(("modality", "option"), [("vision", "accents=[en-us]"), ("audio", "blur=1")])
+def test_a_recipe_takes_no_options_of_another_modality(tmp_path, modality, option):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: x\nmodality: {modality}\ndata: {{train: a, test: b}}\nrollout: {{samplings: {{}}}}\n")
+    key = option.partition("=")[0]
+    keys = {"vision": "blur, families, jpeg, rotation, seed", "audio": "accents, families, noise_snr, reverb, seed"}
+    with pytest.raises(ValueError, match=f"unknown key 'data.prepare.{key}'; keys here: {keys[modality]}"):
+        config.load(str(path), ["objective={}", f"data.prepare.{option}"])

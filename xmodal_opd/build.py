@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modalities.audio.prepare import prepare
+from modalities.audio import prepare as speech
 from modalities.chat import DERIVED, ChatAdapter
 from modalities.families import limit_pixels
 from modalities.rows import count, find
+from modalities.vision import prepare as scenes
 from modalities.vision.benchmarks import LAYOUTS, questions
 from xmodal_opd import checkpoint, dist, lora, models, schema
 from xmodal_opd.background import read_ahead
@@ -372,9 +373,10 @@ def refuse_view(view: str) -> None:
 
 
 def prepare_shards(settings: schema.Prepare, folder: str, split: str, count: int) -> None:
-    """Spoken built-in questions; shards that are there already, with the same settings, are kept."""
+    """Built-in questions, spoken or drawn; shards that are there already, with the same settings, are kept."""
     if dist.rank() == 0:
-        prepare(folder, "tasks", count=count, split=split, **settings.model_dump(exclude={"train", "test"}))
+        made = scenes if isinstance(settings, schema.Scenes) else speech
+        made.prepare(folder, count=count, split=split, **settings.model_dump(exclude={"train", "test"}))
     dist.gather(None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xmodal_opd.schema import OWN, Part, Recipe, judged
+from xmodal_opd.schema import OWN, Part, Recipe, judged, kind_of
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
 
@@ -44,10 +44,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = read(find(path))
     for override in overrides:
         tree = merge(tree, parse(override))
+    kind = kind_of(tree)
     try:
-        recipe = Recipe.model_validate(prune(tree))
+        recipe = kind.model_validate(prune(tree))
     except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(explain(e) for e in error.errors())) from None
+        raise ValueError(f"{path}: " + "; ".join(explain(e, kind) for e in error.errors())) from None
     check_references(path, recipe)
     return recipe
 
@@ -118,20 +119,20 @@ def prune(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def explain(error: Mapping[str, Any]) -> str:
+def explain(error: Mapping[str, Any], kind: type[Recipe]) -> str:
     """One pydantic error as a sentence."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = fields_at(error["loc"][:-1])
+        known = fields_at(error["loc"][:-1], kind)
         return f"unknown key {where!r}{hint(str(error['loc'][-1]), known)}; keys here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{where!r} is missing"
     return f"{where!r} is {error['input']!r}: {error['msg']}"
 
 
-def fields_at(where: Sequence[str | int]) -> list[str]:
+def fields_at(where: Sequence[str | int], kind: type[Recipe]) -> list[str]:
     """Names of the keys a part of the recipe takes."""
-    part: Any = Recipe
+    part: Any = kind
     for key in where:
         annotation = part.model_fields[key].annotation if _is_part(part) and key in part.model_fields else None
         part = _inner(annotation) or part

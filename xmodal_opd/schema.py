@@ -4,6 +4,7 @@ Reading one from YAML is `config.py`. The pieces of the objective (divergences, 
 when the recipe is built.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,23 +41,42 @@ class Model(Part):
 
 
 class Prepare(Part):
-    """Shards of built-in spoken questions, made on the first run and kept."""
+    """Shards of built-in questions, made on the first run and kept."""
 
     train: int = 4000
     test: int = 300
+    seed: int = 0
+
+
+class Spoken(Prepare):
+    """Of modality audio (and text). An effect is a value, or lowest and highest."""
+
     families: list[str] = ["arithmetic", "ordering", "choice"]
     accents: list[str] = ["en-us"]
-    seed: int = 0
-    noise_snr: float | list[float] | None = None  # dB, or lowest and highest
+    noise_snr: float | list[float] | None = None  # dB
     reverb: float | list[float] | None = None  # seconds
     speed: float | list[float] | None = None
+
+
+class Scenes(Prepare):
+    """Of modality vision. Wear is a value, or lowest and highest; where none is given it is slight."""
+
+    families: list[str] = ["rendered", "charts", "geometry", "digits"]
+    rotation: float | list[float] | None = None  # degrees, to either side
+    blur: float | list[float] | None = None  # standard deviation, in pixels
+    texture: float | list[float] | None = None  # of grain, in grey levels of 255
+    jpeg: float | list[float] | None = None  # quality, 1 to 95
 
 
 class Data(Part):
     train: str
     test: str
-    prepare: Prepare | None = None
+    prepare: Spoken | None = None
     seed: int | None = None  # of the samples' order; default: train.seed
+
+
+class SeenData(Data):
+    prepare: Scenes | None = None
 
 
 class Sampling(Part):
@@ -224,6 +244,18 @@ class Recipe(Part):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     run_dir: str | None = None  # default: runs/NAME-DATE
+
+
+class SeenRecipe(Recipe):
+    """A recipe of modality vision, which prepares scenes instead of speech."""
+
+    modality: Literal["vision"] = "vision"
+    data: SeenData
+
+
+def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
+    """What a tree of keys is to be read as: the modality decides what `data.prepare` may say."""
+    return SeenRecipe if tree.get("modality") == "vision" else Recipe
 
 
 def views(recipe: Recipe) -> set[str]:
