@@ -1,7 +1,8 @@
-"""Questions in text, speech and images as inputs of any model that has a transformers processor and chat template."""
+"""Questions in text, speech, images and short videos as inputs of any model with a processor and chat template."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch import Tensor
 from modalities.audio import media as sound
 from modalities.families import extractor_of, family_of, parts_of
 from modalities.vision import media as sight
+from modalities.vision import video
 from xmodal_opd.types import Inputs, Pair, SampleError
 
+FRAME = {"type": "image"}
 DERIVED = {  # views that are the student's with other media in their place: what becomes of a clip, and of an image
     "blank": (sound.blank, sight.blank),
     "degraded": (sound.degraded, sight.degraded),
@@ -20,18 +23,28 @@ DERIVED = {  # views that are the student's with other media in their place: wha
 class ChatAdapter:
     """Views from shards: media decoded, prompts laid out by the model's own chat template."""
 
-    def __init__(self, processor: Any, max_tokens: int, needs: str = "text", derive: Collection[str] = ()):
-        """derive: names of DERIVED, views made of the student's where a sample has none of that name.
+    def __init__(
+        self,
+        processor: Any,
+        max_tokens: int,
+        needs: str = "text",
+        derive: Collection[str] = (),
+        fps: float = 2.0,
+        max_frames: int = 8,
+    ):
+        """derive: names of DERIVED, views made of the student's where a sample has none of that name. A video is seen
+        as its frames, `fps` a second and no more than `max_frames`.
 
         Raises ValueError when the processor does not read what the student's views are made of: `needs`.
         """
-        self.derive = sorted(derive)
+        self.derive, self.frames = sorted(derive), partial(video.decode, fps=fps, most=max_frames)
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.extractor = extractor_of(processor)
         self.family = family_of(processor)
         self.max_tokens = max_tokens
         has = {"audio": self.extractor is not None, "image": hasattr(processor, "image_processor")}
+        has["video"] = has["image"]
         self.reads = ["text", *(kind for kind, here in has.items() if here)]
         if needs not in self.reads:
             raise ValueError(
@@ -53,15 +66,16 @@ class ChatAdapter:
     def view(self, key: str, messages: list[dict], media: Mapping[str, bytes]) -> Inputs:
         """{"key", "prompt": laid out, "audio": its waveforms, "images"}."""
         found: dict[str, list] = defaultdict(list)
-        for part in (p for m in messages for p in parts_of(m)):
-            if part["type"] == "text":
-                self.check_text(key, part["text"])
-            else:
-                found[part["type"]].append(self.medium(key, part, media))
+        shown = []
+        for message in messages:
+            parts = [some for part in parts_of(message) for some in self.decoded(key, part, media)]
+            shown.append({**message, "content": [part for part, _ in parts]})
+            for part, medium in parts:
+                found[part["type"]].append(medium)
         if self.family.clips is not None and len(found["audio"]) > self.family.clips:
             raise SampleError(f"sample {key!r} has {len(found['audio'])} clips in one view; {self.who()} reads one")
         try:
-            view = self.laid_out(key, messages, found["audio"], found["image"])
+            view = self.laid_out(key, shown, found["audio"], found["image"])
         except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise SampleError(f"sample {key!r} cannot be laid out by {self.who()}: {error}") from error
         return self.checked(view)
@@ -83,8 +97,19 @@ class ChatAdapter:
         heard = sum(self.family.clip_tokens(self.processor, len(wave)) for wave in view["audio"])
         return words + heard + sum(self.family.image_tokens(self.processor, i.height, i.width) for i in view["images"])
 
+    def decoded(self, key: str, part: dict[str, Any], media: Mapping[str, bytes]) -> list[tuple[dict[str, Any], Any]]:
+        """A part and its waveform or image, None of words; a video's frames are images, each behind its time."""
+        if part["type"] == "text":
+            self.check_text(key, part["text"])
+            return [(part, None)]
+        medium = self.medium(key, part, media)
+        if part["type"] != "video":
+            return [(part, medium)]
+        times = [{"type": "text", "text": f"{seconds:.1f} s:"} for seconds, _ in medium]
+        return [both for time, (_, image) in zip(times, medium, strict=True) for both in ((time, None), (FRAME, image))]
+
     def medium(self, key: str, part: Mapping[str, Any], media: Mapping[str, bytes]) -> Any:
-        """A part's waveform or image."""
+        """A part's waveform or image, or a video's frames."""
         kind = part["type"]
         if kind not in self.reads:
             what = {"image": "an image", "video": "a video"}.get(kind, kind)
@@ -94,7 +119,7 @@ class ChatAdapter:
             have = ", ".join(sorted(media)) or "none"
             raise SampleError(f"sample {key!r} names the {kind} {name!r}, which its shard lacks (has: {have})")
         try:
-            return self.clip(media[name]) if kind == "audio" else sight.decode(media[name])
+            return {"audio": self.clip, "image": sight.decode, "video": self.frames}[kind](media[name])
         except SampleError as error:
             raise SampleError(f"sample {key!r}, {kind} {name!r}: {error}") from error
 

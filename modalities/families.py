@@ -164,7 +164,7 @@ def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
     """
     if least is most is None:
         return
-    looks = getattr(processor, "image_processor", None)
+    looks: Any = getattr(processor, "image_processor", None)
     low, high = pixels_of(processor, looks)
     least, most = low if least is None else least, high if most is None else most
     if least > most:

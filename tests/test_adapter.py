@@ -80,8 +80,8 @@ def test_what_a_template_refuses_is_a_broken_sample(tokenizer, name, monkeypatch
 
 def test_a_kind_of_part_nobody_reads_is_refused_by_name(family):
     *_, adapter = family
-    with pytest.raises(SampleError, match=r"'k7' has a video, but .* reads text.* only"):
-        adapter.pair(sample({}, {"type": "video", "video": "q.mp4"}))
+    with pytest.raises(SampleError, match=r"'k7' has smell, but .* reads text.* only"):
+        adapter.pair(sample({}, {"type": "smell", "smell": "q.nose"}))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
     student = load_student(recipe)
     processor = load_processor(recipe)
     derive = schema.views(recipe) & DERIVED.keys()
-    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student), derive=derive)
+    seen = recipe.model.model_dump(include={"fps", "max_frames"})
+    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student), derive=derive, **seen)
     others = teachers(recipe, student)  # copies of the student, before an engine takes its parameters apart
     refuse_contrast(recipe, {STUDENT: student, **others})
     engine = build_engine(recipe, student, lambda step: schedule(step, recipe.train.steps))

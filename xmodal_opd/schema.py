@@ -37,6 +37,8 @@ class Model(Part):
     max_prompt_tokens: int | None = None  # default: what the model reads, less the longest answer
     min_pixels: int | None = Field(default=None, ge=1)  # of an image as the model sees it, scaled; default: its own
     max_pixels: int | None = Field(default=None, ge=1)
+    fps: float = Field(default=2.0, gt=0)  # frames a second that are seen of a video
+    max_frames: int = Field(default=8, ge=1)  # and no more than these, evenly spaced
     trust_remote_code: bool = False
 
 
