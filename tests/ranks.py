@@ -60,12 +60,15 @@ def made_up_step(parts: Parts, number: int, mixed: bool = False) -> collect.Step
     everyone = answers(questions(parts, mixed), number)
     draw = torch.Generator().manual_seed(1000 + number)
     scores = {name: torch.rand(len(everyone), 6, generator=draw) for name in SCORES}
-    rewards = torch.rand(len(everyone), generator=draw)
+    rewards = 2 * torch.rand(len(everyone), generator=draw)  # half of them right
+    drawn = torch.rand(len(everyone), generator=draw)
     mine = [row for row, (_, r) in enumerate(everyone) if r.group % dist.world() == dist.rank()]
     rollouts = [everyone[row][1] for row in mine]
     batch = token_batch(rollouts)
     width = batch.mask.shape[1]
-    scores = Scores({name: value[mine, :width] for name, value in scores.items()}, reward=rewards[mine])
+    scores = Scores(
+        {name: value[mine, :width] for name, value in scores.items()}, reward=rewards[mine], draw=drawn[mine]
+    )
     return collect.gathered(rollouts, [everyone[row][0] for row in mine], replace(batch, scores=scores), {})
 
 
@@ -91,7 +94,8 @@ def gradient(parts: Parts, kind: str, piece: str) -> torch.Tensor:
     """The gradient of one term with one piece over the whole step, summed over ranks without any engine's help."""
     spec = {piece: OPTIONS[piece]} if piece in OPTIONS else piece
     if kind == "weights":
-        of = {"sampling": "tokens", "divergence": "reverse_kl", "weights": [spec]}
+        on = "sequences" if piece in schema.REWARDED else "tokens"
+        of = {"sampling": on, "divergence": "reverse_kl", "weights": [spec]}
     else:
         chain = ["reward", spec] if piece not in ("reward", "constant", "teacher_logratio") else [spec]
         of = {"sampling": "sequences", "advantages": chain, "surrogate": "reinforce"}

@@ -367,3 +367,58 @@ def test_a_sample_without_a_view_the_recipe_names_is_skipped_by_name(tmp_path):
     shards = Shards(write(tmp_path / "data", (150,), spoil=spoil), shuffle=False, views={"student", "teacher"})
     assert len(keys(shards.samples(epochs=1))) == 149
     assert list(shards.broken.values()) == ["it has no view 'teacher' (has: student)"]
+
+
+# ---- an index that weighs
+
+
+def weighed(folder, repeats, name="weighed/index-balanced.json"):
+    """An index in a folder of its own that says how often every sample of every shard comes."""
+    path, start, entries = folder.parent / name, 0, []
+    for place in sorted(folder.glob("*.tar")):
+        count = describe(place)["nsamples"]
+        url = f"../{folder.name}/{place.name}"
+        entries.append({"url": url, "nsamples": count, "repeats": repeats[start : start + count]})
+        start += count
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"shardlist": entries}))
+    return str(path)
+
+
+REPEATS = [1, 3, 0, 1, 2, 1, 1, 1, 4, 1, 1, 1, 2]
+
+
+def test_a_weighed_index_repeats_samples_in_every_epoch(folder, tmp_path):
+    index, names = weighed(tmp_path / "data", REPEATS), keys(Shards(folder, shuffle=False).samples(epochs=1))
+    wanted = sorted(name for name, n in zip(names, REPEATS, strict=True) for _ in range(n))
+    shards = Shards(index, seed=2)
+    epochs = [keys(shards.samples(epoch * 19, epochs=epoch + 1)) for epoch in range(3)]
+    assert len(shards) == 19 and all(sorted(epoch) == wanted for epoch in epochs) and epochs[0] != epochs[1]
+    whole = list(Shards(index, seed=2).samples(epochs=2))
+    for start in (0, 5, 18, 19, 30):
+        rest = Shards(index, seed=2).samples(start, epochs=2)
+        assert [(s["__position__"], s["__key__"]) for s in rest] == [
+            (s["__position__"], s["__key__"]) for s in whole[start:]
+        ]
+    ranks = [Shards(index, seed=2, rank=rank, world=3).samples(epochs=3) for rank in range(3)]
+    dealt = sorted((s["__position__"], s["__key__"]) for rank in ranks for s in rank)
+    assert dealt == [(i + 1, key) for i, key in enumerate(key for epoch in epochs for key in epoch)]
+
+
+@pytest.mark.parametrize("repeats", [[1, 1], [1.5] * 13, [-1] * 13, ["2"] * 13])
+def test_repeats_that_are_none_are_refused(folder, tmp_path, repeats):
+    with pytest.raises(
+        ValueError, match=r"cannot be used .*the repeats of .*part-0.tar are not 4 whole numbers from 0"
+    ):
+        Shards(weighed(tmp_path / "data", repeats))
+
+
+def test_a_broken_sample_that_is_repeated_is_named_once_and_counted_as_often(tmp_path, caplog):
+    spoil = lambda name, files: {**files, "json": b"{"} if name == "s0n7" else files  # noqa: E731
+    write(tmp_path / "data", (1500,), spoil=spoil)
+    shards = Shards(weighed(tmp_path / "data", [4 if n == 7 else 1 for n in range(1500)]), shuffle=False)
+    assert len(list(shards.samples(epochs=1))) == 1499 and shards.skipped == 4
+    assert [r.message for r in caplog.records if "s0n7" in r.message] == [
+        f"skipped sample s0n7 of {next(iter(shards.broken))[0]}: its .json is broken: "
+        + next(iter(shards.broken.values())).partition(": ")[2]
+    ]

@@ -60,6 +60,9 @@ def sharded(tmp_path_factory) -> str:
 
 
 RUNS = {"0": "engine.zero=0", "1": "engine.zero=1", "2": "engine.zero=2", "3": "SHARDED"}
+LEADS = '{"arithmetic":{"model":"initial"},"ordering":{"view":"student"},"choice":{}}'
+ROUTED = f'objective.tokens.teacher.route={{"field":"task","to":{LEADS}}}'
+RUNS |= {"2-routed": f"engine.zero=2 {ROUTED}"}  # some micro-batches have no question of a teacher on one rank, or any
 RUNS |= {"2-mixed": "engine.zero=2 mixed", "3-mixed": "SHARDED mixed engine.share_prefix=false"}  # rank 1 hears nothing
 OFFLOAD = {"2-offload": "engine.zero=2 engine.offload=[optimizer]"}
 OFFLOAD |= {"3-offload": "SHARDED engine.offload=[optimizer,parameters]"}
@@ -89,12 +92,12 @@ def two_ranks_more(world, tmp_path_factory, sharded):
 
 @pytest.fixture(scope="module")
 def one_process(world):
-    """Weights and metrics after the same three steps in engine/plain.py: of the plain step, and of the mixed one."""
+    """Weights and metrics after the same three steps in engine/plain.py: plain, mixed and routed ones."""
     out = {}
-    for mixed in (False, True):
-        parts = ranks.built(world["recipe"])
-        told = ranks.advance(parts, range(3), mixed)
-        out[mixed] = told, ranks.weights_of(parts)
+    for kind, overrides in (("plain", ()), ("mixed", ()), ("routed", (ROUTED,))):
+        parts = ranks.built(world["recipe"], *overrides)
+        told = ranks.advance(parts, range(3), kind == "mixed")
+        out[kind] = told, ranks.weights_of(parts)
     return out
 
 
@@ -109,15 +112,19 @@ def same_as(folder: Path, told, expected) -> None:
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
 
 
+def kind_of(name: str) -> str:
+    return next((kind for kind in ("mixed", "routed") if kind in name), "plain")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_at_every_stage_train_what_one_plain_process_trains(two_ranks, one_process, name):
-    same_as(two_ranks / name, *one_process["mixed" in name])
+    same_as(two_ranks / name, *one_process[kind_of(name)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_offload_and_activation_checkpointing_change_nothing(two_ranks_more, one_process, name):
-    same_as(two_ranks_more / name, *one_process[False])
+    same_as(two_ranks_more / name, *one_process["plain"])
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from xmodal_opd.scoring.forward import Responses
 from xmodal_opd.scoring.judge import asker, build_judge
 from xmodal_opd.scoring.served import ServedTeacher
 from xmodal_opd.serving import Servers
-from xmodal_opd.types import Adapter, Engine, Pair, Sampler, Sampling
+from xmodal_opd.types import Adapter, Engine, Pair, SampleError, Sampler, Sampling
 
 ADAPTERS: dict[str, Callable[..., Adapter]] = {  # one reads them all; a modality is what the model must be able to
     "text": ChatAdapter,
@@ -263,7 +263,8 @@ def served_teacher(
     """Asked for as many of its likeliest tokens as the terms that name it look at."""
     part, top = recipe.teachers[name], 0
     for which, term in recipe.objective.items():
-        if term.divergence and term.teacher.model == name and not terms[which].sampled:
+        here = {model for model, _ in schema.teachers_of(term.teacher).values()}
+        if term.divergence and name in here and not terms[which].sampled:
             top = max(top, likeliest(f"objective.{which}", terms[which].divergence))
     servers = Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait)
     own, tokenizer = copy.deepcopy((adapter, getattr(processor, "tokenizer", processor)))  # it works in a thread
@@ -303,7 +304,8 @@ def teacher(recipe: schema.Recipe, name: str, student: PreTrainedModel) -> PreTr
 
 def refuse_contrast(recipe: schema.Recipe, local: Mapping[str, PreTrainedModel]) -> None:
     """A contrast is taken of hidden states: they must be here, and what makes logits of them must be linear."""
-    for name in (source.model for source in schema.sources(recipe) if source.contrast):
+    tilted = [source for source in schema.sources(recipe) if source.contrast]
+    for name in (model for source in tilted for model, _ in schema.teachers_of(source).values()):
         if name in recipe.teachers:
             raise ValueError(f"teacher {name!r} is behind servers, which tell too little for a contrast; load it here")
         if models.softcap(local[name]) is not None:
@@ -312,9 +314,7 @@ def refuse_contrast(recipe: schema.Recipe, local: Mapping[str, PreTrainedModel])
 
 def refuse_other_vocabulary(recipe: schema.Recipe, name: str) -> None:
     """A teacher reads the student's token ids. Special tokens may differ, one in a hundred at most; words may not."""
-    trust = recipe.model.trust_remote_code
-    tokenizers = (models.load_processor(n, trust) for n in (recipe.model.name, name))
-    ours, theirs = (getattr(t, "tokenizer", t).get_vocab() for t in tokenizers)
+    ours, theirs = (models.vocabulary(n, recipe.model.trust_remote_code) for n in (recipe.model.name, name))
     other = sum(theirs.get(token) != number for token, number in ours.items())
     if other > len(ours) / 100:
         raise ValueError(
@@ -330,7 +330,22 @@ def load(recipe: schema.Recipe, name: str) -> PreTrainedModel:
 
 def views_of_shards(recipe: schema.Recipe) -> set[str]:
     """The views every sample must have: all but those that the adapter makes where they are missing."""
-    return schema.views(recipe) - DERIVED.keys()
+    return schema.views_of_all(recipe) - DERIVED.keys()
+
+
+def views_of_teachers(recipe: schema.Recipe, meta: Mapping[str, Any]) -> set[str]:
+    """The views that a training sample of that meta must have besides. Raises SampleError when none teaches it."""
+    try:
+        return schema.views_of_its_teachers(recipe, meta) - DERIVED.keys()
+    except ValueError as error:
+        raise SampleError(str(error)) from None
+
+
+def training_shards(recipe: schema.Recipe, seed: int = 0, shuffle: bool = True) -> Shards:
+    """This rank's training samples, as far as they are fit for the recipe's teachers."""
+    views, needs = views_of_shards(recipe), partial(views_of_teachers, recipe)
+    where = {"rank": dist.rank(), "world": dist.world()}
+    return Shards(recipe.data.train, seed=seed, shuffle=shuffle, views=views, needs=needs, **where)
 
 
 def open_shards(recipe: schema.Recipe) -> tuple[Shards, Shards]:
@@ -338,9 +353,7 @@ def open_shards(recipe: schema.Recipe) -> tuple[Shards, Shards]:
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
-    views = views_of_shards(recipe)
-    training = Shards(recipe.data.train, seed=seed, rank=dist.rank(), world=dist.world(), views=views)
-    return training, open_tests(recipe)
+    return training_shards(recipe, seed), open_tests(recipe)
 
 
 def training_pairs(parts: Parts, shards: Shards, position: int) -> Iterator[tuple[int, Pair]]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from xmodal_opd import dist, duals
+from xmodal_opd import dist, duals, schema
 from xmodal_opd.background import later, now
 from xmodal_opd.build import Parts
 from xmodal_opd.evaluate import is_right
@@ -21,8 +21,8 @@ from xmodal_opd.scoring.forward import divergence, statistics
 from xmodal_opd.scoring.judge import judge
 from xmodal_opd.scoring.mismatch import mismatch, trainer_logp
 from xmodal_opd.scoring.outcomes import entropies, outcomes
-from xmodal_opd.scoring.served import ask_teachers
-from xmodal_opd.teachers import Told, heard, served_scores, wanted
+from xmodal_opd.scoring.served import Source, ask_teachers
+from xmodal_opd.teachers import Told, by_teacher, heard, served_scores, wanted
 from xmodal_opd.tokens import cut, token_batch
 from xmodal_opd.types import Pair, Rollout, Scores, TokenBatch
 
@@ -70,13 +70,14 @@ def sample(
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
     judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
-    asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, sampling), rollouts)
+    asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, rollouts, sampling), rollouts)
     batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
     told = asking.result()
     drawn = draws(rollouts, sampling, parts.recipe.train.seed, number)
-    scores = Scores(batch.scores | local | served_scores(parts, told, batch.mask), reward=rewards, draw=drawn)
+    served = served_scores(parts, rollouts, told, batch.mask, local)
+    scores = Scores(batch.scores | local | served, reward=rewards, draw=drawn)
     scores |= question_rewards(rollouts, sampling, rewards, parts.judged)
     batch = dist.to(replace(batch, scores=scores), parts.student.device)
     step = gathered(*heard(rollouts, sampling, batch, told))
@@ -189,24 +190,33 @@ def draws(rollouts: Sequence[Rollout], sampling: Sequence[str], seed: int, step:
 
 @torch.no_grad()
 def local_scores(parts: Parts, rollouts: Sequence[Rollout], mask: Tensor) -> dict[str, Tensor]:
-    """NAME_logp and NAME_entropy [B, T] of every local scorer, and NAME_divergence = KL(student || NAME) if asked."""
+    """NAME_logp and NAME_entropy [B, T] of every local scorer, and NAME_divergence = KL(student || NAME) if asked. Of
+    one that is routed, every teacher fills the rows led to it; with served ones among them there is NAME_logp alone."""
     out: dict[str, Tensor] = {}
-    scorers = {name: scorer for name, scorer in parts.recipe.scoring.items() if scorer.model in parts.models}
-    if not scorers:
-        return out
-    for piece in pieces(parts, rollouts):
-        some, here = [rollouts[r] for r in piece], mask[piece].to(parts.student.device)
+    local = {n: [t in parts.models for t, _ in schema.teachers_of(s).values()] for n, s in parts.recipe.scoring.items()}
+    scorers = {name: scorer for name, scorer in parts.recipe.scoring.items() if any(local[name])}
+    for piece in pieces(parts, rollouts) if scorers else ():
         for name, scorer in scorers.items():
-            model = parts.models[scorer.model]
-            hidden = parts.responses.contrasted(model, some, scorer.view, scorer.against)
-            values: dict[str, Tensor] = {}
-            if scorer.divergence:
-                own = (parts.student, parts.responses.hidden(parts.student, some, "student"))
-                values["divergence"] = divergence(reverse_kl, own, (model, hidden), here, parts.vocab)
-            values |= zip(("logp", "entropy"), statistics(model, hidden, some, here), strict=True)
-            for kind, value in values.items():
-                out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[piece] = value.float().cpu()
+            for teacher, rows in by_teacher(scorer, {row: rollouts[row] for row in piece}).items():
+                if teacher[0] in parts.models and (rows or parts.responses.together):
+                    some, here = [rollouts[r] for r in rows], mask[rows].to(parts.student.device)
+                    for kind, value in measured(parts, scorer, teacher, some, here).items():
+                        if kind == "logp" or all(local[name]):
+                            out.setdefault(f"{name}_{kind}", torch.zeros(mask.shape))[rows] = value.float().cpu()
     return out
+
+
+def measured(
+    parts: Parts, scorer: schema.Scorer, teacher: Source, rollouts: Sequence[Rollout], mask: Tensor
+) -> dict[str, Tensor]:
+    """What one local teacher of a scorer says of some answers, each [b, T]."""
+    model, view = parts.models[teacher[0]], teacher[1]
+    hidden = parts.responses.contrasted(model, rollouts, view, scorer.against)
+    values: dict[str, Tensor] = {}
+    if scorer.divergence:
+        own = (parts.student, parts.responses.hidden(parts.student, rollouts, "student"))
+        values["divergence"] = divergence(reverse_kl, own, (model, hidden), mask, parts.vocab)
+    return values | dict(zip(("logp", "entropy"), statistics(model, hidden, rollouts, mask), strict=True))
 
 
 def describe(

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xmodal_opd.schema import OWN, Part, Recipe, judged, kind_of
+from xmodal_opd.schema import OWN, Part, Recipe, Source, judged, kind_of, teachers_of
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
 
@@ -160,10 +160,11 @@ def check_references(path: str, recipe: Recipe) -> None:
                 f"{path}: objective.{name}.sampling names {term.sampling!r}{hint(term.sampling, samplings)}; "
                 f"rollout.samplings has: {have}"
             )
-        if not term.teacher.stop_gradient and term.teacher.model != "current":
+        still = {model for model, _ in teachers_of(term.teacher).values()} - {"current"}
+        if not term.teacher.stop_gradient and still:
             raise ValueError(
                 f"{path}: objective.{name}.teacher.stop_gradient=false needs a teacher that moves: model current, "
-                f"not {term.teacher.model!r}"
+                f"not {min(still)!r}"
             )
     if (recipe.rollout.name == "vllm") != bool(recipe.rollout.servers):
         raise ValueError(
@@ -195,18 +196,26 @@ def check_teachers(path: str, recipe: Recipe) -> None:
     """Served teachers have names of their own, and where there are some a bare name must be one of them or a folder."""
     if taken := [name for name in recipe.teachers if name in OWN or "/" in name]:
         raise ValueError(f"{path}: teachers.{taken[0]} is the name of a model already; give the served teacher another")
-    asked = {f"objective.{n}.teacher.model": t.teacher.model for n, t in recipe.objective.items() if t.divergence}
-    asked |= {f"scoring.{name}.model": scorer.model for name, scorer in recipe.scoring.items()}
-    for where, name in asked.items():
+    sources = {f"objective.{n}.teacher": t.teacher for n, t in recipe.objective.items() if t.divergence}
+    sources |= {f"scoring.{name}": scorer for name, scorer in recipe.scoring.items()}
+    for where, name in ((w, n) for place, source in sources.items() for w, n in named(place, source)):
         if recipe.teachers and name not in (*OWN, *recipe.teachers) and "/" not in name and not Path(name).is_dir():
             have = ", ".join(recipe.teachers)
             raise ValueError(f"{path}: {where} names {name!r}{hint(name, recipe.teachers)}; teachers has: {have}")
     for name, scorer in recipe.scoring.items():
-        if scorer.divergence and scorer.model in recipe.teachers:
+        served = {model for model, _ in teachers_of(scorer).values()} & recipe.teachers.keys()
+        if scorer.divergence and served:
             raise ValueError(
-                f"{path}: scoring.{name}.divergence needs the whole vocabulary of {scorer.model!r}, and a served "
+                f"{path}: scoring.{name}.divergence needs the whole vocabulary of {min(served)!r}, and a served "
                 "teacher tells its likeliest tokens only; set it to false, or name a folder or hub name as the teacher"
             )
+
+
+def named(place: str, source: Source) -> list[tuple[str, str]]:
+    """Where a recipe names a source's models, and as what."""
+    if source.route is None:
+        return [(f"{place}.model", source.model)]
+    return [(f"{place}.route.to.{value}.model", model) for value, (model, _) in teachers_of(source).items()]
 
 
 def recorded(name: str) -> str | None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,13 +38,19 @@ log = logging.getLogger(__name__)
 class Shard:
     url: str  # a path, or anything webdataset opens: http(s)://, pipe:, file:
     samples: int | None  # None: no index says
+    repeats: tuple[int, ...] | None = None  # how often each sample comes in an epoch, where an index says so; else once
+
+    @property
+    def slots(self) -> int | None:
+        """Positions of the shard in an epoch."""
+        return self.samples if self.repeats is None else sum(self.repeats)
 
 
 # ---- where the shards are
 
 
 def find_shards(source: str | Sequence[str]) -> list[Shard]:
-    """Shards of a folder, an index.json, a path or url with {0..9} braces (local: or *), or a list of these.
+    """Shards of a folder, an index (.json), a path or url with {0..9} braces (local: or *), or a list of these.
 
     Raises FileNotFoundError naming what is missing and what exists.
     """
@@ -58,7 +64,7 @@ def find_shards(source: str | Sequence[str]) -> list[Shard]:
 def _expand(source: str) -> list[Shard]:
     if os.path.isdir(source):
         source = os.path.join(source, INDEX if os.path.exists(os.path.join(source, INDEX)) else "*.tar")
-    if os.path.basename(source) == INDEX and not source.startswith("pipe:"):
+    if source.endswith(".json") and not source.startswith("pipe:"):
         return _indexed(source)
     urls = [url for pattern in expand_urls(source) for url in sorted(glob.glob(pattern)) or [pattern]]
     beside = {os.path.join(os.path.dirname(url), INDEX) for url in urls if _local(url)}
@@ -77,9 +83,19 @@ def _indexed(place: str) -> list[Shard]:
         folder = os.path.dirname(place)
         urls = [url if "://" in url else os.path.join(folder, url) for url in urls]
         counts = [None if (n := entry.get("nsamples")) is None else int(n) for entry in entries]
-        return [Shard(url, count) for url, count in zip(urls, counts, strict=True)]
+        repeats = [_repeats(entry, count) for entry, count in zip(entries, counts, strict=True)]
+        return [Shard(*shard) for shard in zip(urls, counts, repeats, strict=True)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the index {place} cannot be used ({error!r}); write it anew, or delete it") from None
+
+
+def _repeats(entry: Mapping[str, Any], count: int | None) -> tuple[int, ...] | None:
+    repeats = entry.get("repeats")
+    if repeats is None:
+        return None
+    if len(repeats) != count or not all(isinstance(n, int) and n >= 0 for n in repeats):
+        raise ValueError(f"the repeats of {entry['url']} are not {count} whole numbers from 0")
+    return tuple(repeats)
 
 
 def _local(url: str) -> bool:
@@ -167,16 +183,18 @@ class Shards:
         rank: int = 0,
         world: int = 1,
         views: Collection[str] = (),  # that every sample must have
+        needs: Callable[[Mapping[str, Any]], Collection[str]] = lambda meta: (),  # and more, by meta; or a SampleError
     ):
-        self.views = frozenset(views)
+        self.views, self.needs = frozenset(views), needs
         self.shards = find_shards(source)
-        self.counts = [shard.samples for shard in self.shards]
+        self.counts = [shard.slots for shard in self.shards]
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
         self.seen, self.skipped = 0, 0
         self.broken: dict[tuple[str, str], str] = {}
 
     def __len__(self) -> int:
-        """Samples in one epoch over all ranks. Raises TypeError while a shard without index has not been read."""
+        """Samples in one epoch over all ranks, each as often as it comes. Raises TypeError while a shard without index
+        has not been read."""
         known = [count for count in self.counts if count is not None]
         if len(known) < len(self.counts):
             url = self.shards[self.counts.index(None)].url
@@ -230,15 +248,17 @@ class Shards:
 
     def _slots(self, epoch: int, shard: int) -> Iterator[tuple[dict[str, Any], str]]:
         """The samples of a shard in the epoch's order; an empty one with a reason for each that is not there."""
-        url, count = self.shards[shard].url, self.counts[shard]
+        url, count, repeats = self.shards[shard].url, self.shards[shard].samples, self.shards[shard].repeats
         groups, reason = read_shard(url)
         if count is None:  # one slot stands for all that could not be read
-            count = self.counts[shard] = len(groups) + bool(reason)
+            count = self.counts[shard] = self.counts[shard] or len(groups) + bool(reason)
         if len(groups) > count:
             raise ValueError(f"{url} has {len(groups)} samples and its {INDEX} says {count}; write the index anew")
         reason = reason or f"the shard ends after {len(groups)} of {count} samples"
-        for slot in self._order(epoch, f"shard {shard}", count):
-            yield (groups[slot], "") if slot < len(groups) else ({"__key__": f"number {slot}"}, reason)
+        places = list(range(count)) if repeats is None else [p for p, n in enumerate(repeats) for _ in range(n)]
+        for slot in self._order(epoch, f"shard {shard}", len(places)):
+            place = places[slot]
+            yield (groups[place], "") if place < len(groups) else ({"__key__": f"number {place}"}, reason)
 
     def _parsed(self, shard: int, group: Mapping[str, Any], reason: str) -> dict[str, Any] | None:
         self.seen += 1
@@ -246,7 +266,7 @@ class Shards:
             if reason:
                 raise SampleError(reason)
             sample = parse(group)
-            if absent := self.views - sample["views"].keys():
+            if absent := self.views.union(self.needs(sample["meta"])) - sample["views"].keys():
                 raise SampleError(f"it has no view {min(absent)!r} (has: {', '.join(sample['views'])})")
             return sample
         except SampleError as error:

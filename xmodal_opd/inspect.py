@@ -16,7 +16,7 @@ from xmodal_opd.build import (
     open_tests,
     prepare_shards,
     refuse_view,
-    views_of_shards,
+    training_shards,
 )
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
@@ -47,8 +47,7 @@ def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
-        shards = Shards(data.train, views=views_of_shards(parts.recipe))
-        return [pair for _, pair in islice(shards.pairs(parts.adapter), PROBE)]
+        return [pair for _, pair in islice(training_shards(parts.recipe).pairs(parts.adapter), PROBE)]
     with tempfile.TemporaryDirectory() as folder:
         prepare_shards(data.prepare, folder, "train", PROBE)
         return [pair for _, pair in islice(Shards(folder).pairs(parts.adapter), PROBE)]
@@ -72,10 +71,12 @@ def evaluate_only(
     return records
 
 
-def measured(recipe: schema.Recipe, folder: str | None) -> Parts:
-    """The parts that a model is measured with, a checkpoint's in place of the recipe's; no teacher is loaded."""
+def measured(recipe: schema.Recipe, folder: str | None, judged: bool = False) -> Parts:
+    """The parts that a model is measured with, a checkpoint's in place of the recipe's, and with its judge where the
+    measure is to be the recipe's own; no teacher is loaded."""
     recipe = of_checkpoint(recipe, folder)
-    parts = build(recipe.model_copy(update={"objective": {}, "scoring": {}, "judge": None, "teachers": {}}))
+    nothing = {"objective": {}, "scoring": {}, "teachers": {}} | ({} if judged else {"judge": None})
+    parts = build(recipe.model_copy(update=nothing))
     if recipe.model.lora and folder:
         checkpoint.load_weights(Path(folder), parts.student)
     return parts

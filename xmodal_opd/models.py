@@ -25,6 +25,7 @@ CLASSES = {  # checkpoints of a larger model of which only the part that writes 
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
+FEATURES = ("pixel_values", "input_features")  # what forwards that read images or audio take
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs [P, L] that say of each token what it is; 0: text
 
 # what parts of a model are called in transformers; a projector may lie inside its encoder
@@ -147,6 +148,12 @@ def load_processor(name: str, trust_remote_code: bool = False) -> Any:
     return transformers.AutoProcessor.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
 
 
+def vocabulary(name: str, trust_remote_code: bool = False) -> dict[str, int]:
+    """The ids of all tokens a model reads."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
+    return tokenizer.get_vocab()
+
+
 def role_of(name: str) -> str:
     """ "encoder", "projector" or "language_model": the part a parameter or module belongs to, by its name."""
     words = name.split(".")
@@ -253,7 +260,17 @@ def head(model: PreTrainedModel) -> Tensor:
 
 
 def inputs_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs where the model is and, if they are features, in its dtype: Qwen3-Omni does not see to it."""
+    """Inputs where the model is and, if they are features, in its dtype: Qwen3-Omni does not see to it.
+
+    The inputs are the student's, and a teacher may be a model of text alone: ValueError for a view with media.
+    """
+    if inputs and not set(FEATURES) & set(inspect.signature(model.forward).parameters):
+        if more := sorted(set(inputs) - {"input_ids", "attention_mask", *TOKEN_TYPES}):
+            raise ValueError(
+                f"the teacher {type(model).__name__} reads text alone, and its view has media ({', '.join(more)}); "
+                "give it a view of text"
+            )
+        inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
     features = {name: value.to(model.dtype) for name, value in inputs.items() if value.is_floating_point()}
     return {name: value.to(model.device) for name, value in {**inputs, **features}.items()}
 

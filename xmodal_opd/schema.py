@@ -120,11 +120,26 @@ class Contrast(Part):
     alpha: float = Field(default=1.0, ge=0)
 
 
+class Target(Part):
+    """Where a route leads; what is null is said beside the route."""
+
+    model: str | None = None
+    view: str | None = None
+
+
+class Route(Part):
+    """Every question has one of several teachers, by a field of its meta."""
+
+    field: str
+    to: dict[str, Target] = Field(min_length=1)  # value of the field -> teacher
+
+
 class Source(Part):
     """A teacher: a model under a view. "current", "initial" and "ema" are the student's own weights."""
 
     model: str = "current"
     view: str = "teacher"
+    route: Route | None = None
     contrast: Contrast | None = None
 
     @property
@@ -261,19 +276,49 @@ def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
 
 
 def views(recipe: Recipe) -> set[str]:
-    """The views every question must have: those the recipe names, and the two that are evaluated."""
+    """The views that the recipe names, and the two that are evaluated."""
+    routed = [source for source in sources(recipe) if source.route]
+    return views_of_all(recipe) | {view for source in routed for _, view in teachers_of(source).values()}
+
+
+def views_of_all(recipe: Recipe) -> set[str]:
+    """The views that every question must have, whoever teaches it."""
     asked = [*recipe.rollout.samplings.values(), recipe.judge.reference if recipe.judge else None]
-    parts = (*recipe.objective.values(), *sources(recipe), *(s.contrast for s in sources(recipe)), *asked)
+    alone, contrasts = [s for s in sources(recipe) if not s.route], [s.contrast for s in sources(recipe)]
+    parts = (*recipe.objective.values(), *alone, *contrasts, *asked)
     return {"student", "teacher", *(part.view for part in parts if part is not None)}
+
+
+def views_of_its_teachers(recipe: Recipe, meta: Mapping[str, Any]) -> set[str]:
+    """The views that a question of that meta must have for the teachers it is routed to. Raises ValueError when it is
+    routed to none."""
+    return {teacher_of(source, meta)[1] for source in sources(recipe) if source.route}
 
 
 def teachers(recipe: Recipe) -> set[str]:
     """Names of the models whose numbers terms and scorers use, the student's own ("current", …) among them."""
-    return {source.model for source in sources(recipe)}
+    return {model for source in sources(recipe) for model, _ in teachers_of(source).values()}
 
 
 def sources(recipe: Recipe) -> list[Source]:
     return [*(t.teacher for t in recipe.objective.values() if t.divergence), *recipe.scoring.values()]
+
+
+def teachers_of(source: Source) -> dict[str, tuple[str, str]]:
+    """(model, view) by the value of the route's field; the only one, under "", where there is no route."""
+    if source.route is None:
+        return {"": (source.model, source.view)}
+    return {value: (to.model or source.model, to.view or source.view) for value, to in source.route.to.items()}
+
+
+def teacher_of(source: Source, meta: Mapping[str, Any]) -> tuple[str, str]:
+    """(model, view) that teaches a question of that meta. Raises ValueError when its route leads nowhere."""
+    there, field = teachers_of(source), source.route.field if source.route else None
+    value = "" if field is None else str(meta.get(field))
+    if value not in there:
+        found = f"meta.{field} is {value!r}" if field in meta else f"meta has no field {field!r}"
+        raise ValueError(f"no teacher: its {found}, and the recipe has routes to teachers for {', '.join(there)}")
+    return there[value]
 
 
 def judged(recipe: Recipe) -> dict[str, str]:

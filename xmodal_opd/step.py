@@ -16,9 +16,10 @@ from xmodal_opd.metrics import over_ranks
 from xmodal_opd.objective import Term, name_of_piece
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.order import order, sides
-from xmodal_opd.scoring.forward import divergence, divergence_from, divergence_of_both, token_logp
+from xmodal_opd.scoring.forward import Side, divergence, divergence_from, divergence_of_both, token_logp
 from xmodal_opd.scoring.mismatch import corrected
 from xmodal_opd.scoring.outcomes import shaping
+from xmodal_opd.teachers import by_teacher
 from xmodal_opd.types import Judged, Pair, Scores
 
 Reading = tuple[str, str, tuple[str, float] | None]  # a model, the view it reads, and (view, alpha) of its contrast
@@ -128,10 +129,13 @@ def idle(parts: Parts, hidden: Mapping[Reading, tuple[dict[int, int], Tensor]], 
     return sum(unused, 0.0) if piece else sum(unused, models.head(parts.student)[:0].sum())
 
 
-def sources(parts: Parts, name: str, term: Term) -> tuple[Reading, Reading | None]:
-    """What the student sees in this term, and who teaches it."""
-    spec, teacher = parts.recipe.objective[name], parts.recipe.objective[name].teacher
-    return (STUDENT, spec.view, None), (teacher.model, teacher.view, teacher.against) if term.divergence else None
+def taught(parts: Parts, name: str, term: Term, step: Step, rows: Sequence[int]) -> dict[Reading, list[int]]:
+    """Who teaches this term, and which of the rows; nobody a policy term."""
+    if term.divergence is None:
+        return {}
+    teacher = parts.recipe.objective[name].teacher
+    shared = by_teacher(teacher, {r: step.rollouts[r] for r in rows})
+    return {(*source, teacher.against): some for source, some in shared.items()}
 
 
 def hidden_states(
@@ -140,14 +144,19 @@ def hidden_states(
     """Each reading run once over all rows that need it: {row: place}, hidden states. With gradient where a
     term trains through it; a term that only learns from it detaches. Ranks run the same ones, without rows too."""
     rows: dict[Reading, dict[int, int]] = {}
-    trained: set[Reading | None] = set()
+    trained: set[Reading] = set()
     for name, mine in use.items():
-        student, teacher = sources(parts, name, terms[name])
-        moving = {student} if parts.recipe.objective[name].teacher.stop_gradient else {student, teacher}
-        trained |= moving if mine or parts.responses.together else set()
-        for source in (s for s in (student, teacher) if s and s[0] in parts.models):
+        spec = parts.recipe.objective[name]
+        seen = [((STUDENT, spec.view, None), mine, True)]
+        seen += [
+            (t, some, not spec.teacher.stop_gradient)
+            for t, some in taught(parts, name, terms[name], step, mine).items()
+        ]
+        for source, some, moves in (one for one in seen if one[0][0] in parts.models):
+            if moves and (some or parts.responses.together):
+                trained.add(source)
             places = rows.setdefault(source, {})
-            for row in mine:
+            for row in some:
                 places.setdefault(row, len(places))
     return {
         source: (
@@ -171,23 +180,43 @@ def values(
     mask: Tensor,
 ) -> Tensor:
     """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
-    rollouts = [step.rollouts[r] for r in rows]
+    student = (STUDENT, parts.recipe.objective[name].view, None)
+    if term.divergence is None:
+        return token_logp(parts.student, states(hidden, student, rows), [step.rollouts[r] for r in rows], mask)
+    place, told = {row: i for i, row in enumerate(rows)}, dict[int, Tensor]()
+    for teacher, some in taught(parts, name, term, step, rows).items():
+        if some:
+            own, here = (parts.student, states(hidden, student, some)), mask[[place[r] for r in some]]
+            told |= zip(some, compared(parts, name, term, own, teacher, hidden, step, some, here), strict=True)
+    return torch.stack([told[row] for row in rows])
 
-    def of(source: Reading) -> Tensor:
-        places, states = hidden[source]
-        return states[[places[r] for r in rows]]
 
-    student, teacher = sources(parts, name, term)
-    if term.divergence is None or teacher is None:
-        return token_logp(parts.student, of(student), rollouts, mask)
+def states(hidden: Mapping[Reading, tuple[dict[int, int], Tensor]], source: Reading, rows: Sequence[int]) -> Tensor:
+    """Hidden states [b, T, H] of some rows of the step."""
+    places, of_all = hidden[source]
+    return of_all[[places[r] for r in rows]]
+
+
+def compared(
+    parts: Parts,
+    name: str,
+    term: Term,
+    own: Side,
+    teacher: Reading,
+    hidden: Mapping[Reading, tuple[dict[int, int], Tensor]],
+    step: Step,
+    rows: Sequence[int],
+    mask: Tensor,
+) -> Tensor:
+    """The divergence [b, T] of a distillation term on the rows of one teacher."""
+    rollouts, stop = [step.rollouts[r] for r in rows], parts.recipe.objective[name].teacher.stop_gradient
+    assert term.divergence is not None
     if (served := teacher[:2]) in step.told:
         said = [signal for row in rows if not isinstance(signal := step.told[served][row], str)]  # all: see `heard`
-        own = parts.student, of(student)
         return divergence_from(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
-    sides = (parts.student, of(student)), (parts.models[teacher[0]], of(teacher))
-    stop = parts.recipe.objective[name].teacher.stop_gradient
+    other = parts.models[teacher[0]], states(hidden, teacher, rows)
     if not term.sampled:
-        return (divergence if stop else divergence_of_both)(term.divergence, *sides, mask, parts.vocab)
+        return (divergence if stop else divergence_of_both)(term.divergence, own, other, mask, parts.vocab)
     with torch.set_grad_enabled(not stop):
-        logq = token_logp(*sides[1], rollouts, mask)
-    return term.divergence(token_logp(*sides[0], rollouts, mask), logq)
+        logq = token_logp(*other, rollouts, mask)
+    return term.divergence(token_logp(*own, rollouts, mask), logq)

@@ -46,6 +46,8 @@ class Responses:
         asked = list({id(r.pair): r for r in rollouts}.values()) if self.share else rollouts
         prompts = self.prompts(model, asked, view)
         count, width = tokens.shape
+        if not prompts:  # no rank has an answer for this model and view
+            return head(model).new_zeros(0, width, head(model).shape[1])
         lent = len(prompts["input_ids"]) - len(asked)
         if self.together:  # the second token of an answer is a forward of its own, and other ranks may have one
             tokens = torch.nn.functional.pad(tokens, (0, max(0, 2 - width), 0, lent))
