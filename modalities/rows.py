@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,15 @@ def _count(path: Path) -> int:
 
 def read(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
-        batches = _parquet(path).iter_batches(batch_size=AT_ONCE)
-        return chain.from_iterable(batch.to_pylist() for batch in batches)
+        return _rows_of(_parquet(path))
     return _lines(path) if path.suffix == ".jsonl" else iter(_json(path))
+
+
+def _rows_of(file: Any) -> Iterator[dict[str, Any]]:
+    """Row group by row group: read on through all of them, pyarrow would hold several."""
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(batch_size=AT_ONCE, row_groups=[group], use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -110,6 +115,6 @@ def _parquet(path: Path) -> Any:
     except ImportError:
         raise ImportError(f"reading {path} needs pyarrow: pip install 'xmodal-opd[vision]'") from None
     try:
-        return ParquetFile(path)
+        return ParquetFile(path, pre_buffer=False)
     except (ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error})") from None

@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("stopped; what was saved stays good: go on with --resume", file=sys.stderr)
+        how = "the same --output" if arguments.run is evaluate else "--resume"
+        print(f"stopped; what was saved stays good: go on with {how}", file=sys.stderr)
         return 130
     except (ValueError, KeyError, RuntimeError, OSError, ImportError) as error:
         if arguments.traceback:
