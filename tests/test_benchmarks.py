@@ -509,6 +509,8 @@ def test_undecided_questions_are_asked_again_and_left_out_of_the_share(world, fi
     )
     assert run(world, *words) == 0
     assert {json.loads(line)["how"] for line in output.read_text().splitlines()} == {"quick"}
+    assert run(world, *words, dead) == 1
+    assert "holds answers with extractor None, and this run has 'm'" in capsys.readouterr().err
 
 
 def test_blank_images_are_a_view_of_every_benchmark(world, files, tmp_path, capsys):

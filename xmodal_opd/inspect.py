@@ -99,7 +99,9 @@ def evaluate_benchmarks(
         update={"modality": "vision", "rollout": recipe.rollout.model_copy(update={"samplings": samplings})}
     )
     benchmarks = [open_benchmark(recipe, name, source) for name, source in sources.items()]
+    extractor = recipe.eval.extractor.model if recipe.eval.extractor else None
     run = {"model": folder or recipe.model.name, "view": view, "max_tokens": recipe.rollout.max_tokens}
+    run |= {"extractor": extractor}
     benchmark.kept(Path(output), run)
     parts = measured(recipe, folder)
     parts.sampler.sync()

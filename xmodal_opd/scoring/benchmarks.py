@@ -40,12 +40,7 @@ Response:
 {response}
 
 Final answer:"""
-FORMS = {
-    "letter": "the letter of an option",
-    "integer": "an integer",
-    "float": "a decimal number",
-    "list": "a Python list",
-}
+FORMS = {"integer": "an integer", "float": "a decimal number", "list": "a Python list"}  # else an option's letter
 TOLERANCE = 0.05  # ChartQA
 
 
