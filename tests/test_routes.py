@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def experts(world):
     student, folders = world["folder"] / "model", {"student": world["folder"] / "here"}
     model, processor = models.load_model(str(student)), models.load_processor(str(student))
     model.resize_token_embeddings(len(processor.tokenizer))
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": len(processor.tokenizer) + 7}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": len(processor.tokenizer) + 7}
     deaf = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
     for name, one, reader in (
         ("student", model, processor),

@@ -2,7 +2,7 @@
 """Weigh a recipe's training questions by how often its student answers them rightly: Uni-OPD's offline balance.
 
     python tools/balance_difficulty.py configs/uni_opd_vision.yaml
-    xmodal-opd train configs/uni_opd_vision.yaml data.train=data/scenes/train/index-balanced.json data.prepare=null
+    xmodal-opd train configs/uni_opd_vision.yaml data.train=data/uni/train/index-balanced.json data.prepare=null
 
 The student answers every training question N times; k of them are right. Questions of a band of difficulty are then
 repeated in each epoch, up to the size of the band's largest bin: k = 1 … N-1 where more questions are always right than

@@ -26,7 +26,9 @@ def wanted(parts: Parts, rollouts: Sequence[Rollout], sampling: Sequence[str]) -
     """The rows that every served teacher is asked about, under each view: all for a scorer, a term's own for a term;
     of a route those that it leads there."""
     everything, rows = dict(enumerate(rollouts)), dict[Source, set[int]]()
-    asking = [(scorer, everything) for scorer in parts.recipe.scoring.values()]
+    asking: list[tuple[schema.Source, Mapping[int, Rollout]]] = [
+        (scorer, everything) for scorer in parts.recipe.scoring.values()
+    ]
     for term in parts.recipe.objective.values():
         mine = {r: rollouts[r] for r, name in enumerate(sampling) if name == term.sampling and term.divergence}
         asking.append((term.teacher, mine))
