@@ -235,7 +235,7 @@ def inspect(sources: list[str], n: int, save: str | None) -> None:
         for name, data in sample["media"].items():
             print(f"  {name}: {measured(kinds.get(name), data)}")
             if save:
-                keep(Path(save, f"{sample['__key__']}.{name}"), data)
+                keep(Path(save), f"{sample['__key__']}.{name}", data)
         n -= 1
         if not n:
             break
@@ -269,9 +269,10 @@ def measured(kind: str | None, data: bytes) -> str:
     return f"{len(data)} bytes"
 
 
-def keep(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+def keep(folder: Path, name: str, data: bytes) -> None:
+    """A file in the folder, wherever the name of a tar's member points."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / re.sub(r"[/\\]", "_", name)).write_bytes(data)
 
 
 if __name__ == "__main__":
