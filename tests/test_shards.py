@@ -1,5 +1,6 @@
 """Making shards: every form of record, the same bytes however they are made, and what is refused."""
 
+import base64
 import json
 import signal
 import subprocess
@@ -305,6 +306,12 @@ def test_every_form_of_recording_gives_the_same_two_views(recordings, record):
     assert sample["views"] == {"student": HEARD, "teacher": READ} and sample["answer"] == "good morning"
     wave, rate = read(sample["media"]["question.flac"])
     assert (len(wave), rate) == (8000, 16_000) and sample["meta"]["seconds"] == 0.5
+
+
+def test_a_recording_may_be_in_the_record_itself(recordings):
+    data = base64.b64encode((recordings / "a.wav").read_bytes()).decode()
+    (sample,) = prepared(recordings, "audio", {"audio": {"bytes": data, "path": None}, "text": "x"})
+    assert len(read(sample["media"]["question.flac"])[0]) == 8000
 
 
 def test_several_recordings_keep_their_places(recordings):
