@@ -227,10 +227,11 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, wrong, message):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """a.png (64 x 32, red) and b.jpg (32 x 64, blue)."""
+    """a.png (64 x 32, red), b.jpg (32 x 64, blue) and c.gif (half a second of both colours)."""
     Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
     Image.new("RGB", (32, 64), "blue").save(tmp_path / "b.jpg")
-    (tmp_path / "c.webm").write_bytes(b"a video")
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=500)
     return tmp_path
 
 
@@ -287,16 +288,17 @@ def test_every_form_of_record_gives_the_same_two_views(pictures, record):
 
 def test_several_images_and_a_video_keep_their_places_and_their_bytes(pictures):
     said = "First <image> then <image> and <video> what is it?"
-    record = {"prompt": said, "images": ["b.jpg", "a.png"], "videos": ["c.webm"], "text": ["one", "two", "three"]}
+    record = {"prompt": said, "images": ["b.jpg", "a.png"], "videos": ["c.gif"], "text": ["one", "two", "three"]}
     (sample,) = prepared(pictures, record)
     content = sample["views"]["student"][0]["content"]
     assert [part.get("text", part.get(part["type"])) for part in content] == [
-        "First", "question.jpeg", "then", "question2.png", "and", "question.webm", "what is it?",
+        "First", "question.jpeg", "then", "question2.png", "and", "question.gif", "what is it?",
     ]  # fmt: skip
-    named = {"question.jpeg": "b.jpg", "question2.png": "a.png", "question.webm": "c.webm"}
+    named = {"question.jpeg": "b.jpg", "question2.png": "a.png", "question.gif": "c.gif"}
     assert sample["media"] == {name: (pictures / file).read_bytes() for name, file in named.items()}
     said = sample["views"]["teacher"][0]["content"][0]["text"]
     assert said == "First\none\nthen\ntwo\nand\nthree\nwhat is it?"
+    assert prepare_shards.measured("video", sample["media"]["question.gif"]).startswith("0.50 s, 32 x 32 pixels, ")
 
 
 def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
@@ -311,6 +313,7 @@ def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
     [
         ({"image": "no.png", **CAPTION}, r"line 2: image file .*no\.png: no such file"),
         ({"image": "records.jsonl", **CAPTION}, "line 2: image of .* bytes cannot be decoded"),
+        ({"videos": ["a.png"], **CAPTION}, "line 2: video of .* bytes cannot be decoded"),
         ({"image": "a.png"}, "line 2: it has no text for the teacher view; add one of .*transcript, text, caption"),
         ({"prompt": "<image><image>", "images": ["a.png"], **CAPTION}, "names 1 image files and has 2 places for them"),
         ({"prompt": "<image>", "images": ["a.png"], "text": ["x", "y"]}, "'text' has 2 texts for 1 image or video"),

@@ -252,8 +252,9 @@ def shown(message: Mapping[str, Any]) -> str:
 
 
 def measured(kind: str | None, data: bytes) -> str:
-    """What a file holds: seconds of sound, pixels of an image."""
+    """What a file holds: seconds of sound, pixels of an image, both of a video."""
     from modalities.audio.media import read
+    from modalities.vision import video
     from modalities.vision.media import decode, suffix
     from xmodal_opd.types import SampleError
 
@@ -264,6 +265,9 @@ def measured(kind: str | None, data: bytes) -> str:
         if kind == "image":
             image = decode(data)
             return f"{image.width} x {image.height} pixels, {suffix(data).strip('.')}, {len(data)} bytes"
+        if kind == "video":
+            (*_, (seconds, frame)) = video.decode(data, fps=1000, most=2)  # the first and the last
+            return f"{seconds:.2f} s, {frame.width} x {frame.height} pixels, {len(data)} bytes"
     except SampleError as error:
         return f"{len(data)} bytes; {error}"
     return f"{len(data)} bytes"

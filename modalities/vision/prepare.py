@@ -11,6 +11,7 @@ from typing import Any
 
 from modalities.prepare import Drafts, Range, known, read_drafts, record_bytes, within, write_drafts
 from modalities.records import Message, media_parts, read_source
+from modalities.vision import video
 from modalities.vision.draw import FONTS, Look, draw, handwriting, random_look, worn
 from modalities.vision.media import decode, encode, suffix
 from modalities.vision.records import Drawn, file_name, image_draft, scene_draft
@@ -117,12 +118,14 @@ def render(options: Sight, base: Path, job: tuple[int, Drawn | str]) -> dict[str
 
 
 def _read(options: Sight, base: Path, draft: Drawn, rng: random.Random) -> tuple[dict[str, bytes], list[Message]]:
-    """(files, the student's messages that name them)."""
+    """(files, the student's messages that name them). Raises SampleError for what cannot be decoded."""
     files, student = {}, deepcopy(draft.student)
     for part in media_parts(student):
         kind = part["type"]
         name, data = part[kind], read_source(draft.files[part[kind]], base, kind)
-        if kind == "image":
+        if kind == "video":
+            video.decode(data, fps=1, most=1)  # refused here, not when it is trained on
+        else:
             data = _image(options, data, rng)
             name = name.replace(".png", suffix(data))
         part[kind], files[name] = name, data
