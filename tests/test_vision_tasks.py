@@ -313,7 +313,7 @@ def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
     [
         ({"image": "no.png", **CAPTION}, r"line 2: image file .*no\.png: no such file"),
         ({"image": "records.jsonl", **CAPTION}, "line 2: image of .* bytes cannot be decoded"),
-        ({"videos": ["a.png"], **CAPTION}, "line 2: video of .* bytes cannot be decoded"),
+        ({"videos": ["records.jsonl"], **CAPTION}, "line 2: video of .* bytes cannot be decoded"),
         ({"image": "a.png"}, "line 2: it has no text for the teacher view; add one of .*transcript, text, caption"),
         ({"prompt": "<image><image>", "images": ["a.png"], **CAPTION}, "names 1 image files and has 2 places for them"),
         ({"prompt": "<image>", "images": ["a.png"], "text": ["x", "y"]}, "'text' has 2 texts for 1 image or video"),
