@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Build the small default model from nothing: a few-million-parameter Qwen2.5-Omni thinker that answers questions well
-as text and as clean speech, the only speech it hears here. Background noise is new to it and takes most of its hearing
-away: that is the audio-text gap a first run closes.
+as text and as clean speech, and some as clean pictures: the only speech and pictures it meets here. Background noise is
+new to it, and so are turned and blurred pictures. That, and how little it saw, is the gap a first run closes.
 
     python tools/build_tiny.py xmodal_opd/assets/tiny --seed 0
 
-Stages, from one seed: questions as text; hearing, by CTC; spoken questions with their answers. Each stage is a pure
-function of the one before and the seed, and is kept in --work, so that a stopped build goes on.
+Stages, from one seed: questions as text; hearing, by CTC; spoken questions with their answers; then those of sight, in
+`tiny_sight.py`. Each stage is a pure function of the one before and the seed, and is kept in --work, so that a stopped
+build goes on.
 """
 
 import argparse
@@ -30,6 +31,8 @@ NAMED = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
+# pixels of white paper are zero: patches go through layers that know no bias, where ink would be lost beside the white
+WHITE = {"image_mean": [1.0] * 3, "image_std": [0.3] * 3}
 REPEAT = "Repeat what was said."
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -78,8 +81,8 @@ def make_processor(tokenizer) -> Any:
     library: Any = transformers  # its lazy names and keyword configs are beyond a type checker
     size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
     return library.Qwen2_5OmniProcessor(
-        image_processor=library.Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
-        video_processor=library.Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2),
+        image_processor=library.Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2, **WHITE),
+        video_processor=library.Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2, **WHITE),
         feature_extractor=library.WhisperFeatureExtractor(
             feature_size=80, hop_length=320, chunk_length=10, n_fft=512, return_attention_mask=True
         ),
@@ -121,12 +124,12 @@ def make_model(tokenizer, seed: int) -> Any:
             "max_source_positions": 256,
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "num_heads": 2,
+            "depth": 3,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
             "out_hidden_size": width,
-            "fullatt_block_indexes": [1],
+            "fullatt_block_indexes": [0, 1, 2],  # windows of 112 pixels would cut lines of text
         },
         audio_token_index=token("<|AUDIO|>"),
         image_token_index=token("<|IMAGE|>"),
@@ -177,14 +180,15 @@ def fit(model, loss_of: Callable[[], Any], steps: int, rate: float, name: str) -
     import torch
     from rich.progress import track
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(moving, lr=rate, weight_decay=0.01)
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - 0.9 * s / steps))
     model.train()
     for step in track(range(steps), name):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(moving, 1.0)
         optimizer.step()
         shape.step()
         if (step + 1) % 50 == 0:
@@ -219,22 +223,42 @@ def clips(split: str, seed: int, count: int, pitches: tuple[int, int] = (35, 65)
         return list(zip(asked, pool.map(utterance, jobs, chunksize=32), strict=True))
 
 
-def accuracy(model, adapter, pairs, audio: bool) -> dict[str, float]:
-    """Share of right final answers per task, greedily, as text or as speech."""
+def accuracy(model, adapter, asked: list) -> dict[str, float]:
+    """Share of right final answers per task, greedily; asked: (task, view, answer)."""
     import torch
 
     from xmodal_opd.rollout.hf import decode
 
     right: dict[str, list[bool]] = {"all": []}
-    for some in itertools.batched(pairs, 24):
-        prompts = adapter.batch([example(adapter, q, wave if audio else None)[0] for q, wave in some])
+    for some in itertools.batched(asked, 24):
+        prompts = adapter.batch([view for _, view, _ in some])
         eos = [adapter.tokenizer.eos_token_id]
         ids, _ = decode(model, prompts, torch.arange(len(some)), torch.zeros(len(some)), max_tokens=40, eos=eos)
-        for (question, _), answer in zip(some, ids, strict=True):
-            ok = adapter.decode(answer).rpartition("answer: ")[2] == question.answer
-            right.setdefault(question.task, []).append(ok)
+        for (task, _, wanted), answer in zip(some, ids, strict=True):
+            ok = adapter.decode(answer).rpartition("answer: ")[2] == wanted
+            right.setdefault(task, []).append(ok)
             right["all"].append(ok)
     return {task: round(sum(v) / len(v), 3) for task, v in right.items()}
+
+
+def held_out(adapter, seed: int) -> dict[str, list]:
+    """What the accuracies after each stage are of: 300 questions as text and as clean speech; 300 scenes as text, as
+    the clean pictures of these lessons, and as the worn ones of a recipe's test."""
+    from modalities.vision.draw import random_look
+    from modalities.vision.tasks import SCENES
+    from tools.tiny_sight import clean, looked, pictures
+
+    spoken = clips("test", seed + 9999, 300)
+    asked = {
+        "text": [(q.task, example(adapter, q)[0], q.answer) for q, _ in spoken],
+        "audio": [(q.task, example(adapter, q, wave)[0], q.answer) for q, wave in spoken],
+    }
+    looks = {"clean": clean, "worn": lambda rng: random_look(rng, "test")}
+    for name, look in looks.items():
+        drawn = pictures(seed + 9998, "test", 300, tuple(SCENES), look)
+        asked["scenes"] = [(s.task, looked(adapter, s)[0], s.answer) for s, _, _ in drawn]
+        asked[name] = [(s.task, looked(adapter, s, image)[0], s.answer) for s, _, image in drawn]
+    return asked
 
 
 def learn_text(model, adapter, seed: int) -> None:
@@ -267,10 +291,7 @@ def hearings(adapter, pairs: list):
 def ctc(model, adapter, some: list):
     """Mean CTC loss of what was said, per token; the padding token is the blank."""
     import torch
-    from torch.nn.functional import ctc_loss
     from torch.nn.utils.rnn import pad_sequence
-
-    from xmodal_opd.tokens import pad
 
     lengths = torch.tensor([mels.shape[1] for mels, _ in some])
     mels = pad_sequence([masked(mels.float()).T for mels, _ in some], batch_first=True).transpose(1, 2)
@@ -279,11 +300,20 @@ def ctc(model, adapter, some: list):
         states = model.get_audio_features(mels, present.long()).last_hidden_state
         logits = states @ model.get_input_embeddings().weight.detach().T
     frames = model.audio_tower._get_feat_extract_output_lengths(lengths)[1]
-    logp = pad_sequence(logits.float().log_softmax(-1).split(frames.tolist()))
-    said = [ids for _, ids in some]
-    targets = pad(said, 0.0, torch.long)
-    sizes = torch.tensor([len(ids) for ids in said])
-    return ctc_loss(logp, targets, frames, sizes, blank=adapter.tokenizer.pad_token_id, zero_infinity=True)
+    return aligned(logits.float().split(frames.tolist()), [ids for _, ids in some], adapter.tokenizer.pad_token_id)
+
+
+def aligned(logits, targets: list[list[int]], blank: int):
+    """Mean CTC loss, per token, of logits ([length, vocabulary] of each) against their tokens."""
+    import torch
+    from torch.nn.functional import ctc_loss
+    from torch.nn.utils.rnn import pad_sequence
+
+    from xmodal_opd.tokens import pad
+
+    logp = pad_sequence([one.log_softmax(-1) for one in logits])
+    lengths, sizes = (torch.tensor([len(one) for one in some]) for some in (logits, targets))
+    return ctc_loss(logp, pad(targets, 0.0, torch.long), lengths, sizes, blank=blank, zero_infinity=True)
 
 
 def masked(mels):
@@ -312,35 +342,52 @@ def learn_to_answer(model, adapter, seed: int) -> None:
     fit(model, loss, 1200, 1e-3, "answering")
 
 
-STAGES = {
-    "text": learn_text,
-    "hearing": learn_to_hear,
-    "answering": learn_to_answer,
-}
+def stages(from_base: bool) -> dict[str, Callable[[Any, Any, int], None]]:
+    """By name, in their order; a base has been through those of text and speech."""
+    from tools import tiny_sight
+
+    spoken = {"text": learn_text, "hearing": learn_to_hear, "answering": learn_to_answer}
+    seen = {
+        "words": tiny_sight.learn_words,
+        "reading": tiny_sight.learn_to_read,
+        "reading well": tiny_sight.learn_to_read_well,
+        "scenes": tiny_sight.learn_scenes,
+        "figures": tiny_sight.learn_figures,
+        "charts": tiny_sight.learn_charts,
+        "looking": tiny_sight.learn_to_look,
+    }
+    return seen if from_base else spoken | seen
 
 
-def build(folder: Path, work: Path, seed: int) -> None:
+def build(folder: Path, work: Path, seed: int, base: Path | None) -> None:
     """Train what is not yet in `work`, and write the model with its processor to `folder` in bfloat16."""
     import torch
 
     from modalities.chat import ChatAdapter
     from modalities.tasks import questions
+    from xmodal_opd.models import load_model, load_processor
 
     began = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     asked = itertools.islice(questions(seed, "train"), 20000)
-    processor = make_processor(make_tokenizer(f"user\nassistant\n{REPEAT} {q.prompt} {q.response}" for q in asked))
-    model = make_model(processor.tokenizer, seed)
+    words = f"user\nassistant\n{REPEAT} {{0.prompt}} {{0.response}}"
+    tokenizer = load_processor(str(base)).tokenizer if base else make_tokenizer(words.format(q) for q in asked)
+    processor = make_processor(tokenizer)
+    model = make_model(tokenizer, seed)
+    if base:
+        kept = load_model(str(base)).state_dict()
+        model.load_state_dict({k: v for k, v in kept.items() if not k.startswith("visual.")}, strict=False)
     adapter = ChatAdapter(processor, 512)
-    held_out = clips("test", seed + 9999, 300)
-    for name, stage in STAGES.items():
+    tests = held_out(adapter, seed)
+    for name, stage in stages(base is not None).items():
         kept = work / f"{name}.pt"
         if not kept.exists():
             torch.manual_seed(seed)
+            model.requires_grad_(True)
             stage(model, adapter, seed)
             torch.save(model.state_dict(), kept)
         model.load_state_dict(torch.load(kept, weights_only=True))
-        figures = {view: accuracy(model, adapter, held_out, view == "audio") for view in ("text", "audio")}
+        figures = {view: accuracy(model, adapter, some) for view, some in tests.items()}
         print(f"after {name}, {time.monotonic() - began:.0f} s: {figures}", flush=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -352,10 +399,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the Hugging Face folder goes")
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="where finished stages are kept")
+    parser.add_argument("--base", type=Path, help="a folder built before, to go on from after the stages of speech")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    build(arguments.folder, arguments.work, arguments.seed)
+    build(arguments.folder, arguments.work, arguments.seed, arguments.base)
 
 
 if __name__ == "__main__":
