@@ -68,6 +68,8 @@ OFFLOAD = {"2-offload": "engine.zero=2 engine.offload=[optimizer]"}
 OFFLOAD |= {"3-offload": "SHARDED engine.offload=[optimizer,parameters]"}
 LITTLE = "engine.activation_checkpointing=true engine.share_prefix=false"
 MORE = {**OFFLOAD, "2-little": f"engine.zero=2 {LITTLE}", "3-little": f"SHARDED {LITTLE}"}
+ADAPTED = 'model.train=null model.lora={"rank":4}'
+LORA = {"2-lora": f"engine.zero=2 {ADAPTED}", "3-lora": f"SHARDED {ADAPTED}"}
 COARSE = {f"{stage}-bf16": f"{keys} model.dtype=bfloat16" for stage, keys in RUNS.items() if stage in ("1", "2", "3")}
 
 
@@ -86,7 +88,7 @@ def two_ranks(world, tmp_path_factory, sharded):
 @pytest.fixture(scope="module")
 def two_ranks_more(world, tmp_path_factory, sharded):
     folder = tmp_path_factory.mktemp("more")
-    tasks(world, folder, *steps_of(MORE | COARSE, sharded))
+    tasks(world, folder, *steps_of(MORE | COARSE | LORA, sharded))
     return folder
 
 
@@ -142,6 +144,21 @@ def test_bfloat16_has_float32_masters(two_ranks_more, name):
         assert torch.equal(weight, master.bfloat16())
         fine += int((master != master.bfloat16().float()).sum())
     assert fine > 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_alone_trains_over_ranks(two_ranks_more, world, name):
+    parts = ranks.built(world["recipe"], *ADAPTED.split())
+    start = {n: p.detach().clone() for n, p in parts.student.named_parameters() if p.requires_grad}
+    ranks.advance(parts, range(3))
+    ours = load_file(latest(two_ranks_more / name) / "adapter_model.safetensors")
+    expected = {n.replace(".default", ""): p for n, p in parts.student.named_parameters() if n in start}
+    assert len(ours) == len(expected)
+    for key, value in ours.items():
+        theirs = expected[key.removeprefix("base_model.model.")]
+        torch.testing.assert_close(value, theirs.detach(), atol=1e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+    assert any(not torch.equal(p, start[n]) for n, p in parts.student.named_parameters() if n in start)
 
 
 def state_of(folder: Path, at: str = "") -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ ADVANTAGE = [  # options, scores, advantage in, expected on the four real tokens
     ("discount", {"gamma": 0.5}, {}, [[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]], [3, 4, 4, 8]),
     # the wrong answer has three tokens, the right one has one: two too many
     ("stcr", {"base": 2.0}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1.75, 7, 6]),
-    ("stcr", {"base": 2.0, "on": "negative"}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1, 4, 6]),
+    ("stcr", {"base": 2.0, "of": "negative"}, {"reward": [0.5, 1.0]}, [[-1.0, 1.0, 4.0], [6.0] * 3], [-1.75, 1, 4, 6]),
     # right and worth 2, wrong and worth 3: m = -1, so 1.5 are missing
     (
         "margin_shift",

@@ -47,7 +47,7 @@ def test_without_a_verdict_nothing_is_said():
 
 def test_the_factors_of_apo_are_told_as_means_over_the_decided():
     some = batch([1.0, 0.0, nan], [0, 0, 0], [1, 3, 9])
-    policy = Term.build(advantages=["reward", {"stcr": {"base": 2.0, "on": "negative"}}], surrogate="ppo_clip")
+    policy = Term.build(advantages=["reward", {"stcr": {"base": 2.0, "of": "negative"}}], surrogate="ppo_clip")
     kl = Term.build(divergence="k3", weights=["dads"])
     assert shaping(policy, some) == pytest.approx({"stcr": (1 + 1.75) / 2})
     assert shaping(kl, some) == pytest.approx({"dads": (1 - exp(-exp(1) / 2) + 1) / 2})

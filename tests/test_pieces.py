@@ -425,7 +425,7 @@ def test_format_alone_may_be_an_advantage_but_never_right():
     kappa = [WEIGHTS["dads"](batch, positive=p)[:, 0].lt(1).tolist() for p in ("advantage", "correct")]
     assert kappa == [[True, True, False, False], [True, False, False, False]]
     adv = torch.tensor([[0.5], [0.25], [-1], [-1]]).expand(4, 5)
-    scaled = [ADVANTAGES["stcr"](batch, adv, base=1.1, on=on)[1, 0] for on in ("wrong", "negative")]
+    scaled = [ADVANTAGES["stcr"](batch, adv, base=1.1, of=of)[1, 0] for of in ("wrong", "negative")]
     assert torch.stack(scaled).tolist() == pytest.approx([0.25 * (2 - 1.1**-3), 0.25])
 
 

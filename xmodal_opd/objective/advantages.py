@@ -121,12 +121,12 @@ def clip(batch: TokenBatch, adv: Advantage, *, limit: float = 5.0) -> Advantage:
 
 
 def stcr(
-    batch: TokenBatch, adv: Advantage, *, base: float = 1.00001, on: Literal["wrong", "negative"] = "wrong"
+    batch: TokenBatch, adv: Advantage, *, base: float = 1.00001, of: Literal["wrong", "negative"] = "wrong"
 ) -> Advantage:
     """ω A: answers that are wrong and longer than the right ones of their group weigh more. APO, arXiv:2506.21655.
 
     ω = 2 − base^−δ where δ = L − mean length of the correct > 0, else 1; 1 where the group has none. Of the wrong, as
-    in the paper's code, also those that the format lifts above the mean; on="negative": only where A < 0.
+    in the paper's code, also those that the format lifts above the mean; of="negative": only where A < 0.
     Reads scores["reward"].
     """
     right, length = correct(batch) & counts(batch), batch.mask.sum(1)
@@ -134,7 +134,7 @@ def stcr(
     excess = length - group_sum(batch, length, right) / (number + 1e-9)
     longer = (counts(batch) & ~right & (number > 0) & (excess > 0))[:, None]
     omega = (2 - base ** -excess[:, None]).to(adv.dtype)
-    return torch.where(longer & (adv < 0) if on == "negative" else longer, omega * adv, adv)
+    return torch.where(longer & (adv < 0) if of == "negative" else longer, omega * adv, adv)
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
