@@ -82,6 +82,18 @@ def test_a_run_folder_is_not_written_over_and_resuming_nothing_says_so(world, tm
         train.run_folder(config.load(world["recipe"]), resume=True)
 
 
+@pytest.mark.parametrize("resume, place", [(False, "run_dir=mine"), (True, "run_dir=mine"), (True, "run_dir=null")])
+def test_checkpoints_without_their_recipe_are_neither_gone_on_with_nor_written_among(
+    world, tmp_path, monkeypatch, resume, place
+):
+    monkeypatch.chdir(tmp_path)
+    for run in ("mine", "runs/tiny-1"):
+        (tmp_path / run / "checkpoints" / "step-000009").mkdir(parents=True)
+        (tmp_path / run / "checkpoints" / "latest").write_text("step-000009")
+    with pytest.raises(ValueError, match=r"(mine|runs/tiny-1) holds checkpoints, but not the recipe\.yaml they are of"):
+        train.run_folder(config.load(world["recipe"], [place]), resume)
+
+
 def test_three_steps_in_a_row_without_a_finite_gradient_stop_the_run():
     state, bad = {"skipped": 0}, {"skipped": 1.0, "loss/tokens": float("nan"), "loss/judge": 0.0}
     for expected in (1, 2):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import make_pairs
 from families import FAMILIES, omni
 from transformers import DynamicCache
@@ -156,3 +157,12 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked(tmp_path):
         ValueError, match=r"is a Mine, which transformers .* does not have; set model.trust_remote_code"
     ):
         models.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, reads",
+    [("Phi4MultimodalForCausalLM", True), ("Gemma3nForConditionalGeneration", True), ("Qwen2ForCausalLM", False)],
+)
+def test_a_model_that_reads_media_is_told_by_its_forward(name, reads):
+    kind = getattr(transformers, name)
+    assert models.reads_media(kind.__new__(kind)) == reads

@@ -261,6 +261,7 @@ def test_other_questions_that_a_run_was_asked_are_a_column(tmp_path: Path):
         for file in ("before", "after") if name == "r2" else ("before", "after", "speech"):
             answers = records([1] * 10, share(right, 10))
             (tmp_path / name / "eval" / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
+    (tmp_path / "r2" / "eval" / "bench.jsonl").write_text('{"benchmark": "mmstar", "correct": true}\n')
     head, _, apo, grpo = report.table(report.load_summaries([tmp_path / "r1", tmp_path / "r2"])).splitlines()
     assert head.endswith("| closed % | speech |") and apo.endswith("| 80.0 |") and grpo.endswith("| – |")
 

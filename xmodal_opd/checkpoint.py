@@ -180,6 +180,14 @@ def latest(run: Path) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
+def last_run(name: str) -> Path:
+    """The folder of the newest checkpoint of that recipe under runs/. Raises ValueError where there is none."""
+    runs = sorted(Path("runs").glob(f"{name}-*/checkpoints/latest"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise ValueError(f"nothing to resume: no checkpoint in runs/{name}-*; name the run with run_dir=PATH")
+    return runs[-1].parents[1]
+
+
 def load(folder: Path, model: PreTrainedModel, engine: Engine, ema: nn.Module | None = None) -> dict[str, Any]:
     """Fill `model`, `engine` (and `ema`) from a checkpoint; returns the trainer's state. Every rank calls this.
 

@@ -81,11 +81,11 @@ def sample(
     scores |= question_rewards(rollouts, sampling, rewards, parts.judged)
     batch = dist.to(replace(batch, scores=scores), parts.student.device)
     step = gathered(*heard(rollouts, sampling, batch, told))
-    step, kinds = dually(parts, step)
+    step, betas = dually(parts, step)
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
     verdicts = outcomes(judged_rows(parts, step)) | entropies(step.everyone)
-    return step, describe(parts, answers, rewards, failures) | verdicts | kinds | age | apart | lost
+    return step, describe(parts, answers, rewards, failures) | verdicts | betas | age | apart | lost
 
 
 def dually(parts: Parts, step: Step) -> tuple[Step, dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xmodal_opd.schema import OWN, Part, Recipe, Source, judged, kind_of, teachers_of
+from xmodal_opd.schema import OWN, Part, Recipe, Source, judged, kind_of, piece_name, teachers_of
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
 
@@ -176,11 +176,7 @@ def check_references(path: str, recipe: Recipe) -> None:
             f"{path}: rollout.ahead is 1 and rollout.name is 'hf', which samples with the weights and the device that "
             "train: there is nothing to overlap; use rollout.name=vllm, or rollout.ahead=0"
         )
-    if recipe.dual and (recipe.dual.sampling not in samplings or recipe.dual.scorer not in recipe.scoring):
-        raise ValueError(
-            f"{path}: dual reads the answers of a sampling ({', '.join(samplings)}) and the score of a scorer "
-            f"({', '.join(recipe.scoring) or 'none'}); found {recipe.dual.sampling!r} and {recipe.dual.scorer!r}"
-        )
+    check_dual(path, recipe)
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     check_teachers(path, recipe)
@@ -190,6 +186,21 @@ def check_references(path: str, recipe: Recipe) -> None:
     if needs and recipe.judge is None:
         piece = next(iter(needs.values()))
         raise ValueError(f"{path}: the objective uses {piece!r}, which reads the reward, but the recipe has no judge")
+
+
+def check_dual(path: str, recipe: Recipe) -> None:
+    samplings, part = recipe.rollout.samplings, recipe.dual
+    if part and (part.sampling not in samplings or part.scorer not in recipe.scoring):
+        raise ValueError(
+            f"{path}: dual reads the answers of a sampling ({', '.join(samplings)}) and the score of a scorer "
+            f"({', '.join(recipe.scoring) or 'none'}); found {part.sampling!r} and {part.scorer!r}"
+        )
+    asking = [n for n, term in recipe.objective.items() if "dual" in map(piece_name, term.weights)]
+    if asking and part is None:
+        raise ValueError(
+            f"{path}: objective.{asking[0]} has the weight 'dual', which the recipe's part `dual:` makes, but it has "
+            "none; give it one, such as dual: {sampling: NAME, scorer: NAME}"
+        )
 
 
 def check_teachers(path: str, recipe: Recipe) -> None:

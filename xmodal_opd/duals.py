@@ -4,6 +4,7 @@ OPOD, arXiv:2607.20918: for each modality a multiplier β of the constraint that
 What is remembered between steps is {kind: {"beta", "seen", "slack"}}, plain numbers that a checkpoint keeps.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,9 +34,12 @@ def ahead(batch: TokenBatch, kinds: Sequence[str], scorer: str) -> dict[str, flo
 
 def updated(state: State, gaps: Mapping[str, float], settings: Dual) -> dict[str, dict[str, float]]:
     """The state after a step with these c̄: over the first `warmup` steps of a kind its ε becomes their mean, at least
-    `least`; from then on β ← clip(β + rate · (c̄ − ε), low, high)."""
+    `least`; from then on β ← clip(β + rate · (c̄ − ε), low, high). A c̄ that is not finite moves nothing: its step's
+    gradient is dropped, too."""
     out = {kind: dict(values) for kind, values in state.items()}
     for kind, gap in gaps.items():
+        if not math.isfinite(gap):
+            continue
         now = out.setdefault(kind, dict(NEW))
         now["seen"] += 1
         if now["seen"] <= settings.warmup:

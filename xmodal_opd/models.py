@@ -25,7 +25,7 @@ CLASSES = {  # checkpoints of a larger model of which only the part that writes 
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
-FEATURES = ("pixel_values", "input_features")  # what forwards that read images or audio take
+FEATURES = ("pixel_values", "input_features")  # in the names of what forwards that read images or audio take
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs [P, L] that say of each token what it is; 0: text
 
 # what parts of a model are called in transformers; a projector may lie inside its encoder
@@ -264,7 +264,7 @@ def inputs_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str,
 
     The inputs are the student's, and a teacher may be a model of text alone: ValueError for a view with media.
     """
-    if inputs and not set(FEATURES) & set(inspect.signature(model.forward).parameters):
+    if inputs and not reads_media(model):
         if more := sorted(set(inputs) - {"input_ids", "attention_mask", *TOKEN_TYPES}):
             raise ValueError(
                 f"the teacher {type(model).__name__} reads text alone, and its view has media ({', '.join(more)}); "
@@ -273,6 +273,10 @@ def inputs_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str,
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
     features = {name: value.to(model.dtype) for name, value in inputs.items() if value.is_floating_point()}
     return {name: value.to(model.device) for name, value in {**inputs, **features}.items()}
+
+
+def reads_media(model: PreTrainedModel) -> bool:
+    return any(feature in name for feature in FEATURES for name in inspect.signature(model.forward).parameters)
 
 
 @torch.enable_grad()

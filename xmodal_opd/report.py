@@ -139,10 +139,12 @@ def load_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def elsewhere(folder: Path) -> dict[str, float]:
-    """Student accuracy on other questions: of each eval/NAME.jsonl that `xmodal-opd eval` wrote into a run folder."""
+    """Student accuracy on other questions: of each eval/NAME.jsonl that `xmodal-opd eval` wrote into a run folder;
+    answers to benchmarks, which have no two views, are left out."""
     others = sorted(path for path in (folder / "eval").glob("*.jsonl") if path.stem not in ("before", "after"))
     records = {path.stem: map(json.loads, path.read_text("utf-8").splitlines()) for path in others}
-    return {name: fmean(r["student_correct"] for r in some) for name, some in records.items()}
+    right = {name: [r["student_correct"] for r in some if "student_correct" in r] for name, some in records.items()}
+    return {name: fmean(some) for name, some in right.items() if some}
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -157,18 +157,19 @@ def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
 
 
 def run_folder(recipe: schema.Recipe, resume: bool) -> Path:
-    """The recipe's run_dir, or runs/NAME-DATE. Raises ValueError when it holds a run and this is not its resumption."""
-    if recipe.run_dir is None and resume:
-        runs = sorted(Path("runs").glob(f"{recipe.name}-*/checkpoints/latest"), key=lambda p: p.stat().st_mtime)
-        if not runs:
-            raise ValueError(
-                f"nothing to resume: no checkpoint in runs/{recipe.name}-*; name the run with run_dir=PATH"
-            )
-        return runs[-1].parents[1]
-    run = Path(recipe.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (run / "recipe.yaml").exists() and not resume:
+    """The recipe's run_dir, or runs/NAME-DATE. Raises ValueError when it holds a run and this is not its resumption, or
+    checkpoints without the recipe they are of."""
+    date = time.strftime("%Y%m%d-%H%M%S")
+    run = Path(recipe.run_dir or (checkpoint.last_run(recipe.name) if resume else f"runs/{recipe.name}-{date}"))
+    known = (run / "recipe.yaml").exists()
+    if known and not resume:
         raise ValueError(
             f"{run} already holds a run; go on with it by --resume, or name another folder by run_dir=PATH"
+        )
+    if checkpoint.latest(run) and not known:
+        raise ValueError(
+            f"{run} holds checkpoints, but not the recipe.yaml they are of; put it back and go on with them by "
+            "--resume, or name another folder by run_dir=PATH"
         )
     return run
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from xmodal_opd.objective import Term
+from xmodal_opd.objective import Term, name_of_piece
 from xmodal_opd.objective.groups import correct, counts, difficulty, group_sum
 from xmodal_opd.types import TokenBatch
 
@@ -36,7 +36,7 @@ def shaping(term: Term, batch: TokenBatch) -> dict[str, float]:
     factors: dict[str, Callable[..., Tensor]] = {"stcr": omega, "dads": lambda piece, batch: piece(batch)}
     out: dict[str, float] = {}
     for piece in (*term.advantages, *term.step_weights):
-        name = getattr(getattr(piece, "func", piece), "__name__", "")
+        name = name_of_piece(piece)
         if name in factors and counts(batch).any():
             out[name] = factors[name](piece, batch)[counts(batch), 0].double().mean().item()
     return out
