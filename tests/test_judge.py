@@ -347,6 +347,7 @@ def test_an_async_judge_runs_on_a_thread_while_a_loop_runs_here():
         ("llm", "needs a value for model"),
         ({"llm": {"model": "m", "url": "localhost:8000"}}, "cannot ask 'localhost:8000'"),
         ({"llm": {"model": "m", "api_key_env": "NO_SUCH_VARIABLE"}}, "'NO_SUCH_VARIABLE', which is unset"),
+        ({"accuracy_format": {"format": 1.0}}, "a reward of 1 means right"),
         ("no_such_module:reward", "cannot load judge"),
         (f"{__name__}:not_a_reward", "must be a TRL reward"),
     ],

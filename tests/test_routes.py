@@ -207,6 +207,10 @@ def test_a_teacher_of_text_alone_is_not_given_media(world, experts):
             ["objective.tokens.teacher={stop_gradient: false, route: {field: task, to: {a: {model: initial}, b: {}}}}"],
             "stop_gradient=false needs a teacher that moves: model current, not 'initial'",
         ),
+        (
+            ["objective.sequences.teacher.route={field: task, to: {a: {model: initial}, b: {}}}"],
+            "objective.sequences is a policy term, which asks no teacher",
+        ),
     ],
 )
 def test_a_route_that_cannot_be_is_refused(world, overrides, message):

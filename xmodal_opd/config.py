@@ -207,6 +207,11 @@ def check_teachers(path: str, recipe: Recipe) -> None:
     """Served teachers have names of their own, and where there are some a bare name must be one of them or a folder."""
     if taken := [name for name in recipe.teachers if name in OWN or "/" in name]:
         raise ValueError(f"{path}: teachers.{taken[0]} is the name of a model already; give the served teacher another")
+    if idle := [n for n, t in recipe.objective.items() if not t.divergence and (t.teacher.route or t.teacher.contrast)]:
+        raise ValueError(
+            f"{path}: objective.{idle[0]} is a policy term, which asks no teacher, so its teacher's route or contrast "
+            "would do nothing; give it to the scorer that its advantages read"
+        )
     sources = {f"objective.{n}.teacher": t.teacher for n, t in recipe.objective.items() if t.divergence}
     sources |= {f"scoring.{name}": scorer for name, scorer in recipe.scoring.items()}
     for where, name in ((w, n) for place, source in sources.items() for w, n in named(place, source)):

@@ -143,6 +143,10 @@ def accuracy_format(
     answer has that one alone. Two things of that code are not kept: a gold that math-verify cannot read rewards
     everybody there and is compared as words here; what takes too long is undecided, not 0.
     """
+    if not 0 <= format < 1:
+        raise ValueError(
+            f"judge 'accuracy_format': format is {format}; give 0 or more and less than 1: a reward of 1 means right"
+        )
     if maths:
         require_maths()
 
