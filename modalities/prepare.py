@@ -66,8 +66,10 @@ def read_drafts(file: str | Path, read: Reader, instruction: str) -> Drafts:
 
 
 def _draft(read: Reader, where: str, record: Any, instruction: str) -> Draft | str:
-    try:
-        return f"{where}: {record}" if isinstance(record, str) else read(record, where, instruction)
+    if isinstance(record, str):
+        return f"{where}: {record}"
+    try:  # what writes tables as JSON lines writes null where a record has no such field
+        return read({name: value for name, value in record.items() if value is not None}, where, instruction)
     except SampleError as error:
         return f"{where}: {error}"
     except (TypeError, KeyError, AttributeError) as error:
@@ -81,9 +83,9 @@ def known(families: Sequence[str], have: Mapping[str, Any]) -> None:
 
 
 def record_bytes(draft: Draft, meta: Mapping[str, Any]) -> bytes:
-    """The sample's JSON; `meta` is what was learnt of its media."""
+    """The sample's JSON; `meta` is what was learnt of its media. A record's own `source` stays."""
     views = {"student": draft.student, "teacher": draft.teacher}
-    record = {"views": views, "answer": draft.answer, "meta": {**draft.meta, **meta}}
+    record = {"views": views, "answer": draft.answer, "meta": {"source": draft.where, **draft.meta, **meta}}
     return json.dumps(record, ensure_ascii=False).encode()
 
 

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 WHOLE = ("teacher_messages", "teacher_prompt")  # fields with all of the teacher's view
 USED = {"messages", "prompt", "completion", "instruction", "answer", "solution", "meta", *WHOLE}
 INLINE = "base64,"  # before the bytes of a medium that is in the record itself
+LONGEST_PATH = 4096  # what Linux opens
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def opened(source: str, base: Path, kind: str) -> bytes | Path:
             raise SampleError(f"the bytes of its {kind} are not base64 ({error})") from None
     if source.startswith(("http://", "https://")):
         raise SampleError(f"its {kind} is an address, {source}; download it and name the file")
+    if len(source) > LONGEST_PATH or "\0" in source:
+        raise SampleError(f"its {kind} is {len(source)} characters of text; bytes in base64 stand behind {INLINE!r}")
     return base / source.removeprefix("file://")
 
 

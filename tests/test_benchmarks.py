@@ -237,6 +237,7 @@ def test_records_that_are_of_no_use_are_named(tmp_path):
         ("mathvista", mathvista(1, image="a.png", answer=""), "its image 'a.png' is not beside it"),
         ("mathvista", mathvista(1, image="../secret.png"), "its image '../secret.png' is not beside it"),
         ("mathvista", mathvista(1, image=""), "it has no image"),
+        ("mathvista", mathvista(1, image="iVBO/" * 1000), "its image is 5000 characters of text, which no path has"),
         ("mathvista", mathvista(1, image="i", choices=[]), "it asks for a choice among 0 options"),
         ("mathvista", mathvista(1, image="i", metadata={}), "cannot be read: it has no 'task'"),
         ("mmmu", mmmu(1, options="['a', "), "its list of options is none"),
@@ -452,7 +453,9 @@ def test_a_model_that_fails_leaves_the_question_undecided_with_the_reason():
 
 
 def run(world: dict[str, Any], *words: str, longest: int = 4) -> int:
-    return main(["eval", world["recipe"], *words, f"rollout.max_tokens={longest}", "eval.batch=2"])
+    """By the small default model: a random one may say line breaks alone, in which there is nothing to read."""
+    model = ["model.name=default", f"rollout.max_tokens={longest}", "eval.batch=2"]
+    return main(["eval", world["recipe"], *model, *words])
 
 
 @pytest.fixture
@@ -493,6 +496,8 @@ def test_all_benchmarks_are_answered_and_a_killed_run_goes_on(world, files, tmp_
     capsys.readouterr()
     assert run(world, *words, longest=5) == 1
     assert "holds answers with max_tokens 4, and this run has 5; name another file" in capsys.readouterr().err
+    assert run(world, *words, "model.max_pixels=3136") == 1
+    assert "holds answers with max_pixels None, and this run has 3136" in capsys.readouterr().err
     samples = sorted((tmp_path / "lmms").glob("*_samples_*.jsonl"))
     assert {path.stem.partition("_samples_")[2] for path in samples} == set(files)
 

@@ -349,7 +349,7 @@ def test_several_recordings_keep_their_places(recordings):
         ),
         *(
             ("audio", {"audio": "a.wav", "text": "x", **odd}, "line 2: a field is not of the form it should have")
-            for odd in ({"meta": "x"}, {"audios": None}, {"text": 5}, {"text": [5]})
+            for odd in ({"meta": "x"}, {"audios": 5}, {"text": 5}, {"text": [5]})
         ),
         ("audio", {"audio": "a.wav"}, "line 2: it has no text for the teacher view; add one of teacher_messages, "),
         ("audio", {"audio": "no.wav", "text": "x"}, r"line 2: audio file .*no\.wav: no such file"),

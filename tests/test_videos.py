@@ -84,9 +84,16 @@ def test_videos_that_are_no_use_are_refused_with_the_reason(data, message):
         video.decode(data, 99.0, 8)
 
 
+def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch):
+    (tmp_path / "secret.mp4").write_bytes(film(21))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        video.decode(b"ffconcat version 1.0\nfile 'secret.mp4'\n", 2.0, 8)
+
+
 def test_sounds_alone_are_no_video_and_bounds_hold(monkeypatch):
     out = io.BytesIO()
-    with av.open(out, "w", format="wav") as file:
+    with av.open(out, "w", format="matroska") as file:
         stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000

@@ -1,6 +1,7 @@
 """Questions about pictures: right answers, nothing held out seen in training, pictures that show what they say."""
 
 import base64
+import io
 import itertools
 import json
 import random
@@ -213,6 +214,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(made, tmp_path, monkeypa
         ({"families": ["maps"]}, "no task 'maps'; have: rendered, charts, geometry, digits"),
         ({"split": "valid"}, "no fonts for split 'valid'; have: train, test"),
         ({"jpeg": 100}, "jpeg is 100; it is a number from 1 to 95, or lowest and highest"),
+        ({"blur": [1]}, r"blur is \[1\]; it is a number from 0 to 100, or lowest and highest"),
         ({"blur": (2, 1)}, r"blur is \(2, 1\); it is a number from 0 to 100"),
         ({"kind": "tasks"}, "kind is scenes, or images with a file of records; got 'tasks'"),
     ],
@@ -270,6 +272,7 @@ CAPTION = {"caption": "a red field", "answer": "red"}
         },
         {"image": "a.png", "prompt": "What colour is it?", **CAPTION},
         {"image": {"bytes": "INLINE"}, "instruction": "What colour is it?", **CAPTION},
+        {"image": "a.png", "prompt": "What colour is it?", "messages": None, "images": None, "videos": None, **CAPTION},
         {"image": "a.png", "prompt": "What colour is it?", "teacher_messages": READ, "solution": "red"},
         {
             "image": "a.png",
@@ -301,11 +304,33 @@ def test_several_images_and_a_video_keep_their_places_and_their_bytes(pictures):
     assert prepare_shards.measured("video", sample["media"]["question.gif"]).startswith("0.50 s, 32 x 32 pixels, ")
 
 
+def test_a_gif_that_moves_and_one_that_stands_keep_their_bytes_and_a_records_own_source_stays(pictures):
+    Image.new("RGB", (64, 32), "red").save(pictures / "still.gif")
+    (sample,) = prepared(pictures, {"images": ["still.gif"], "videos": ["c.gif"], "text": ["x", "y"], "source": "web"})
+    image, moving = sample["views"]["student"][0]["content"]
+    assert sample["media"][image["image"]] == (pictures / "still.gif").read_bytes()
+    assert sample["media"][moving["video"]] == (pictures / "c.gif").read_bytes()
+    assert sample["meta"]["source"] == "web"
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades():
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(out, "PNG")
+    assert [pixel[0] for pixel in np.asarray(decode(out.getvalue()))[0]] == [0, 1, 128, 255]
+
+
 def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
     (sample,) = prepared(pictures, {"image": "b.jpg", **CAPTION}, texture=20, rotation=(5, 10), jpeg=(50, 60))
     (image,) = sample["views"]["student"][0]["content"]
     worn = decode(sample["media"][image["image"]])
     assert image["image"] == "question.png" and worn.size == (32, 64) and np.asarray(worn).std(0).max() > 10
+
+
+def test_grain_lies_on_images_of_any_size(pictures):
+    Image.new("RGB", (7, 2), "grey").save(pictures / "tiny.png")
+    (sample,) = prepared(pictures, {"image": "tiny.png", **CAPTION}, texture=20)
+    pixels = np.asarray(decode(sample["media"]["question.png"]))
+    assert pixels.shape == (2, 7, 3) and pixels.std() > 5
 
 
 @pytest.mark.parametrize(
@@ -319,6 +344,11 @@ def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
         ({"prompt": "<image>", "images": ["a.png"], "text": ["x", "y"]}, "'text' has 2 texts for 1 image or video"),
         ({"prompt": "What?", **CAPTION}, "it has no image and no video; name one"),
         ({"image": {"bytes": "%"}, **CAPTION}, "line 2: the bytes of its image are not base64"),
+        (
+            {"image": "/9j/" * 2000, **CAPTION},
+            "its image is 8000 characters of text; bytes in base64 stand behind",
+        ),
+        ({"image": "a.png", "query": "What?", **CAPTION}, "what it asks is in 'query'; it is read in `prompt`"),
         ({"image": "https://example.org/a.png", **CAPTION}, "is an address, https://example.org/a.png; download it"),
         ({"image": "a.png", "teacher_prompt": "<image>"}, "'teacher_prompt' holds image, and the teacher reads text"),
         ({"prompt": user({"type": "audio"}), **CAPTION}, "part of type 'audio' has no place in image shards"),

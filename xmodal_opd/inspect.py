@@ -101,7 +101,7 @@ def evaluate_benchmarks(
     benchmarks = [open_benchmark(recipe, name, source) for name, source in sources.items()]
     extractor = recipe.eval.extractor.model if recipe.eval.extractor else None
     run = {"model": folder or recipe.model.name, "view": view, "max_tokens": recipe.rollout.max_tokens}
-    run |= {"extractor": extractor}
+    run |= {"extractor": extractor, "min_pixels": recipe.model.min_pixels, "max_pixels": recipe.model.max_pixels}
     benchmark.kept(Path(output), run)
     parts = measured(recipe, folder)
     parts.sampler.sync()

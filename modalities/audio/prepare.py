@@ -112,7 +112,7 @@ def render(options: Sound, base: Path, job: tuple[int, Spoken | str]) -> dict[st
         return f"{draft.where}: {error}"
     seconds = round(sum(map(len, waves)) / options.rate, 3)
     audio = {file_name(i): encode(wave, options.rate) for i, wave in enumerate(waves)}
-    return {"json": record_bytes(draft, {**voice, "source": draft.where, "seconds": seconds}), **audio}
+    return {"json": record_bytes(draft, {**voice, "seconds": seconds}), **audio}
 
 
 def _waves(options: Sound, base: Path, draft: Spoken, rng: random.Random) -> tuple[list[Wave], dict[str, Any]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from modalities.records import LONGEST_PATH
 from modalities.rows import Row, rows
 from xmodal_opd.types import SampleError
 
@@ -202,6 +203,8 @@ def data(image: Any, file: Path, folders: Sequence[str]) -> bytes:
         return image
     if not isinstance(image, str) or not image:
         raise SampleError("it has no image")
+    if len(image) > LONGEST_PATH or "\0" in image:
+        raise SampleError(f"its image is {len(image)} characters of text, which no path has")
     root = file.parent.resolve()
     places = [(root / folder / image).resolve() for folder in ("", *folders)]
     found = next((place for place in places if place.is_relative_to(root) and place.is_file()), None)

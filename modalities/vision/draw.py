@@ -98,9 +98,9 @@ def worn(image: Image.Image, look: Look) -> Image.Image:
 def _grain(image: Image.Image, look: Look) -> Image.Image:
     """Grain as of paper: grey noise, half of it coarse."""
     rng = np.random.default_rng(look.seed)
-    fine, coarse = rng.normal(size=(image.height, image.width)), rng.normal(size=(image.height // 4, image.width // 4))
-    coarse = np.kron(coarse, np.ones((4, 4)))
-    coarse = np.pad(coarse, [(0, n - m) for n, m in zip(fine.shape, coarse.shape, strict=True)], mode="edge")
+    high, wide = image.height, image.width
+    fine, coarse = rng.normal(size=(high, wide)), rng.normal(size=(math.ceil(high / 4), math.ceil(wide / 4)))
+    coarse = np.kron(coarse, np.ones((4, 4)))[:high, :wide]
     grain = look.texture * (fine + coarse) / math.sqrt(2)
     return Image.fromarray((np.asarray(image) + grain[..., None]).round().clip(0, 255).astype(np.uint8))
 

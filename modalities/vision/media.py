@@ -6,6 +6,7 @@ import struct
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from xmodal_opd.types import SampleError
@@ -45,6 +46,9 @@ def check(size: tuple[int, int], what: str) -> None:
 
 
 def on_white(image: Image.Image) -> Image.Image:
+    """RGB; of grey in 16 bits the upper 8, where Pillow would make white of all that is over 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     page = Image.new("RGBA", image.size, "white")

@@ -77,7 +77,8 @@ def check(options: Sight) -> None:
     for name, (least, most) in LIMITS.items():
         value = getattr(options, name)
         ends = () if value is None else (value,) if isinstance(value, (int, float)) else tuple(value)
-        if not all(least <= end <= most for end in ends) or list(ends) != sorted(ends):
+        fits = all(least <= end <= most for end in ends) and list(ends) == sorted(ends)
+        if not fits or (ends != (value,) and len(ends) not in (0, 2)):
             raise ValueError(f"{name} is {value}; it is a number from {least} to {most}, or lowest and highest")
 
 
@@ -108,12 +109,12 @@ def render(options: Sight, base: Path, job: tuple[int, Drawn | str]) -> dict[str
     try:
         if draft.scene is None:
             files, student = _read(options, base, draft, rng)
-            return {"json": record_bytes(replace(draft, student=student), {"source": draft.where}), **files}
+            return {"json": record_bytes(replace(draft, student=student), {}), **files}
         look = _as_asked(random_look(rng, options.split), options, rng)
         image = draw(draft.scene, look)
     except SampleError as error:
         return f"{draft.where}: {error}"
-    meta = {"font": look.font, "width": image.width, "height": image.height, "source": draft.where}
+    meta = {"font": look.font, "width": image.width, "height": image.height}
     return {"json": record_bytes(draft, meta), file_name("image", 0): encode(image)}
 
 
@@ -127,7 +128,8 @@ def _read(options: Sight, base: Path, draft: Drawn, rng: random.Random) -> tuple
             video.decode(data, fps=1, most=1)  # refused here, not when it is trained on
         else:
             data = _image(options, data, rng)
-            name = name.replace(".png", suffix(data))
+            told = name.replace(".png", suffix(data))
+            name = name if told in draft.files else told  # a gif may be a video, too
         part[kind], files[name] = name, data
     return files, student
 

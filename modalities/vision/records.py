@@ -26,6 +26,7 @@ from xmodal_opd.types import SampleError
 IMAGE = Medium("image", ("image", "image_url"), ("image", "image_url", "path", "url"), ("images", "image"))
 VIDEO = Medium("video", ("video", "video_url"), ("video", "video_url", "path", "url"), ("videos", "video"))
 FORM = Form("image", [IMAGE, VIDEO], ("transcript", "text", "caption"))  # what the image says or shows
+ASKING = ("question", "query", "conversations")  # where others keep what is asked; an image alone would lose it
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")  # of videos
 
 
@@ -52,6 +53,8 @@ def image_draft(record: Mapping[str, Any], where: str, instruction: str = "") ->
     (ms-swift), or `image` and `prompt`. Where nothing marks their place, they come before the first question."""
     instruction = record.get("instruction") or instruction
     bare = "messages" not in record and "prompt" not in record
+    if bare and not instruction and (name := next((name for name in ASKING if record.get(name)), None)):
+        raise SampleError(f"what it asks is in {name!r}; it is read in `prompt` or `messages`")
     student = [{"role": "user", "content": []}] if bare else conversation(record, FORM)
     student[-1]["content"] += text_parts(instruction)
     files = _take_files(student, record)

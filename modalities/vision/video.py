@@ -21,6 +21,8 @@ LONGEST = 300.0  # seconds
 MOST_FRAMES = 20_000  # of the file: five minutes at 60 a second
 MOST_DECODED = 2 * 10**10  # pixels of all of them: five minutes of 1080p at 30 a second
 MOST_KEPT = 2**28  # bytes of the frames that are kept
+# what holds its own pictures: a playlist would open other files, or wait for a stream
+CONTAINERS = {"format_whitelist": "mov,matroska,avi,flv,mpeg,mpegts,asf,ogg"}
 
 Frame = tuple[float, Image.Image]  # seconds from the start, RGB
 
@@ -83,7 +85,7 @@ def at_frame(file: Any, number: int) -> Any:
 def film(data: bytes, what: str, fps: float, most: int) -> list[Frame]:
     if av is None:
         raise ModuleNotFoundError("videos need PyAV: pip install 'xmodal-opd[video]'")
-    with av.open(io.BytesIO(data), "r") as file:
+    with av.open(io.BytesIO(data), "r", options=CONTAINERS) as file:
         if not file.streams.video:
             raise SampleError(f"{what} has no pictures")
         stream: Any = file.streams.video[0]
@@ -91,7 +93,7 @@ def film(data: bytes, what: str, fps: float, most: int) -> list[Frame]:
         times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard)
     bounded(size, len(times), what)
     at = chosen(times, size, what, fps, most)
-    with av.open(io.BytesIO(data), "r") as file:
+    with av.open(io.BytesIO(data), "r", options=CONTAINERS) as file:
         frames = list(pictures(file.decode(video=0), at))
     if len(frames) < len(at):
         raise SampleError(f"{what} ends early: {len(frames)} of {len(at)} frames can be decoded")
