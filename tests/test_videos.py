@@ -74,10 +74,11 @@ def test_an_image_that_does_not_move_is_one_frame():
         (b"GIF8" + b"junk", "cannot be decoded"),
         (film(21)[:900], "cannot be decoded"),
         (animated(21, "GIF")[:300], "cannot be decoded"),
+        (animated(4, "GIF").rpartition(b"!\xf9\x04")[0] + b"!\xf9\x04", "cannot be decoded"),
         (animated(4, "GIF", 120_000), "is 360 s long, over 300 s; cut it"),
         (film(2, size=(1300, 12)), "has 1300 x 12 pixels: one side is over 100 times the other"),
     ],
-    ids=["junk", "empty", "junk gif", "cut mp4", "cut gif", "long", "thin"],
+    ids=["junk", "empty", "junk gif", "cut mp4", "cut gif", "gif cut in a block", "long", "thin"],
 )
 def test_videos_that_are_no_use_are_refused_with_the_reason(data, message):
     with pytest.raises(SampleError, match=message):

@@ -14,7 +14,7 @@ from xmodal_opd.types import SampleError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 50_000_000  # a page scanned at 600 dpi has 35 million; a few kilobytes can claim any number
 LONGEST_SIDE = 100  # times the shorter one: the processors cut images into tiles or patches, and refuse from 200 on
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def decode(source: bytes | str | Path) -> Image.Image:
