@@ -26,7 +26,7 @@ from xmodal_opd.tokens import token_batch
 from xmodal_opd.types import Pair, Rollout, Scores
 
 QUESTIONS = 5
-SCORES = ("student_entropy", "teacher_divergence", "teacher_logp", "sampler_logp")
+SCORES = ("student_entropy", "teacher_divergence", "teacher_logp", "sampler_logp", "degraded_logp")
 OPTIONS = {"mismatch_mask": {"low": 0.05, "high": 2.0}, "tis": {"cap": 0.1}, "tip_confident": {"keep": 0.5}}
 OPTIONS |= {"prefix": {"tokens": 2}, "position_decay": {"half_life": 2.0}, "clip": {"limit": 0.5}}
 PIECES = [("weights", name) for name in WEIGHTS] + [("advantages", name) for name in ADVANTAGES]
@@ -61,14 +61,13 @@ def made_up_step(parts: Parts, number: int, mixed: bool = False) -> collect.Step
     draw = torch.Generator().manual_seed(1000 + number)
     scores = {name: torch.rand(len(everyone), 6, generator=draw) for name in SCORES}
     rewards = 2 * torch.rand(len(everyone), generator=draw)  # half of them right
-    drawn = torch.rand(len(everyone), generator=draw)
+    whole = {name: torch.rand(len(everyone), generator=draw) for name in ("draw", "text_reward", "dual")}
     mine = [row for row, (_, r) in enumerate(everyone) if r.group % dist.world() == dist.rank()]
     rollouts = [everyone[row][1] for row in mine]
     batch = token_batch(rollouts)
     width = batch.mask.shape[1]
-    scores = Scores(
-        {name: value[mine, :width] for name, value in scores.items()}, reward=rewards[mine], draw=drawn[mine]
-    )
+    whole = {name: value[mine] for name, value in (whole | {"reward": rewards}).items()}
+    scores = Scores({name: value[mine, :width] for name, value in scores.items()} | whole)
     return collect.gathered(rollouts, [everyone[row][0] for row in mine], replace(batch, scores=scores), {})
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from xmodal_opd import config, schema
 from xmodal_opd.build import build_term
@@ -123,3 +124,14 @@ def test_every_key_of_a_recipe_is_on_the_page_about_recipes():
                 yield from names(inner)
 
     assert [name for name in names(schema.Recipe) if name not in page] == []
+
+
+def test_a_run_older_than_a_key_goes_on_with_its_default_and_one_that_cannot_be_read_does_not(tmp_path):
+    recipe, path = config.load("cord_audio"), tmp_path / "recipe.yaml"
+    tree = yaml.safe_load(config.dump(recipe))
+    del tree["model"]["max_frames"]
+    path.write_text(yaml.safe_dump(tree))
+    config.refuse_another_recipe(path, recipe)
+    path.write_text(yaml.safe_dump(tree | {"gone": 1}))
+    with pytest.raises(ValueError, match=r"is not a recipe that this version reads \(at gone\)"):
+        config.refuse_another_recipe(path, recipe)

@@ -254,8 +254,15 @@ def dump(recipe: Recipe) -> str:
 
 
 def refuse_another_recipe(path: Path, recipe: Recipe) -> None:
-    """A run goes on as what it was; how long, on what machine, and how often it is looked at may change."""
-    then, now = (flat(yaml.safe_load(text)) for text in (path.read_text(), dump(recipe)))
+    """A run goes on as what it was; how long, on what machine, and how often it is looked at may change. Keys that are
+    younger than the run had their default in it."""
+    tree = yaml.safe_load(path.read_text())
+    try:
+        before = kind_of(tree).model_validate(tree)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"{path} is not a recipe that this version reads (at {where}); begin a new run") from None
+    then, now = (flat(yaml.safe_load(dump(one))) for one in (before, recipe))
     other = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE)]
     if other:
         told = ", ".join(f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in other[:4])
