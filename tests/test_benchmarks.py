@@ -142,6 +142,17 @@ def test_mathverse_finds_its_pictures_beside_it_or_in_images_and_has_versions_wi
     assert read["meta"]["doc"]["question"] == records[1]["question_for_eval"]
 
 
+def test_files_of_a_hubs_cache_are_links_to_elsewhere(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    (snapshot / "images").mkdir(parents=True)
+    for name, content in {"images/7.png": png(7), "a.json": json.dumps([mathvista(7, image="images/7.png")])}.items():
+        blob = blobs / Path(name).stem
+        blob.write_bytes(content if isinstance(content, bytes) else content.encode())
+        (snapshot / name).symlink_to(blob)
+    assert samples("mathvista", snapshot / "a.json")[0]["media"] == {"image_1": png(7)}
+
+
 def test_mmstar_has_its_options_in_the_question(tmp_path):
     record = mmstar(0, question="At <image 1>: A: a, B: b")
     (sample,) = samples("mmstar", parquet(tmp_path / "mmstar.parquet", [record]))
@@ -271,6 +282,7 @@ MULTI = {"question_type": "multi_choice", "answer_type": "text", "choices": ["3/
         (MULTI | {"answer": "8/11"}, "8/11", (True, "8/11", "rule")),
         (INTEGER, "14", (True, "14", "rule")),
         (INTEGER, "<think>7 and 7</think><answer> 14 </answer>", (True, "14", "rule")),
+        (INTEGER, "seven and seven, so 14 or 15</think>14", (True, "14", "rule")),  # the prompt began the thought
         (INTEGER, " 14\n", (True, "14", "rule")),
         (FLOAT, "1.23", (True, "1.23", "rule")),  # one decimal: 1.2
         (FLOAT, "1.26", (False, "1.26", "rule")),  # 1.3

@@ -9,6 +9,7 @@ A sample has the view `student`; its `meta` holds what is scored: `task` (the be
 """
 
 import ast
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,7 +197,8 @@ def words(text: str) -> list[dict[str, str]]:
 
 
 def data(image: Any, file: Path, folders: Sequence[str]) -> bytes:
-    """The bytes of an image file in any of the forms it is kept in. A path is one beside the records, and inside."""
+    """The bytes of an image file in any of the forms it is kept in. A path is one beside the records, and inside; it
+    may be a link to elsewhere, as all files of a hub's cache are."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -205,8 +207,8 @@ def data(image: Any, file: Path, folders: Sequence[str]) -> bytes:
         raise SampleError("it has no image")
     if len(image) > LONGEST_PATH or "\0" in image:
         raise SampleError(f"its image is {len(image)} characters of text, which no path has")
-    root = file.parent.resolve()
-    places = [(root / folder / image).resolve() for folder in ("", *folders)]
+    root = file.parent.absolute()
+    places = [Path(os.path.normpath(root / folder / image)) for folder in ("", *folders)]
     found = next((place for place in places if place.is_relative_to(root) and place.is_file()), None)
     if found is None:
         raise SampleError(f"its image {image!r} is not beside it: no {' and no '.join(map(str, places))}")

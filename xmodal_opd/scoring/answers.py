@@ -176,8 +176,9 @@ def maths_equal(pairs: Sequence[tuple[str, str]], seconds: float = 2.0) -> list[
 
 
 def without_thoughts(text: str) -> str:
-    """The text without <think>…</think>, or without all that follows a thought that does not end."""
-    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+    """The text without <think>…</think>, without all that follows a thought that does not end, and without all before
+    the end of one that the prompt began."""
+    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).rpartition("</think>")[2]
 
 
 def require_maths() -> None:
