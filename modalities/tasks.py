@@ -3,8 +3,9 @@ words are held out never appears in training, whatever its wording or voice."""
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -78,17 +79,30 @@ def held_out(instance: str) -> bool:
     return zlib.crc32(instance.encode()) % HELD_OUT == 0
 
 
-def split_of(question: Question) -> str:
+class Asked(Protocol):
+    @property
+    def instance(self) -> str: ...
+
+
+def split_of(question: Asked) -> str:
     """ "train" or "test", from the instance alone."""
     return "test" if held_out(question.instance) else "train"
 
 
-def questions(seed: int, split: str, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Question]:
-    """An endless stream of questions of one split, a pure function of its arguments; the families take turns."""
+def stream[Q: Asked](
+    makers: Mapping[str, Callable[[random.Random], Q]], seed: int, split: str, families: Sequence[str]
+) -> Iterator[Q]:
+    """What the makers of these families make without end, of one split, a pure function of its arguments; the families
+    take turns."""
     rng = random.Random(f"{seed} {split}")
     while True:
         for family in families:
-            question = FAMILIES[family](rng)
+            question = makers[family](rng)
             while split_of(question) != split:
-                question = FAMILIES[family](rng)
+                question = makers[family](rng)
             yield question
+
+
+def questions(seed: int, split: str, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Question]:
+    """An endless stream of questions of one split, a pure function of its arguments; the families take turns."""
+    return stream(FAMILIES, seed, split, families)

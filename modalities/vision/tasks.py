@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modalities.tasks import FAMILIES, ONES, held_out
+from modalities.tasks import FAMILIES, ONES, held_out, stream
 
 LABELS = (  # of charts: words the text questions know too, short, so that three fit side by side
     ("horse", "tiger", "camel", "rabbit", "lizard"),
@@ -219,17 +219,6 @@ def _scene(
 SCENES: dict[str, Callable[[random.Random], Scene]] = {f.__name__: f for f in (rendered, charts, geometry, digits)}
 
 
-def split_of(scene: Scene) -> str:
-    """ "train" or "test", from the instance alone."""
-    return "test" if held_out(scene.instance) else "train"
-
-
 def scenes(seed: int, split: str, families: Sequence[str] = tuple(SCENES)) -> Iterator[Scene]:
     """An endless stream of scenes of one split, a pure function of its arguments; the families take turns."""
-    rng = random.Random(f"{seed} {split}")
-    while True:
-        for family in families:
-            scene = SCENES[family](rng)
-            while split_of(scene) != split:
-                scene = SCENES[family](rng)
-            yield scene
+    return stream(SCENES, seed, split, families)
