@@ -40,6 +40,8 @@ class Rollout:
     finished: bool
     group: int  # answers to the same prompt from the same sampling share a group
     prompt_tokens: int = 0  # length of the prompt it was sampled from, media included
+    episode: int | None = None  # of a robot's decision: which episode of its sampling, and which decision in it
+    turn: int = 0
 
 
 @dataclass(frozen=True)
