@@ -74,8 +74,12 @@ class ChatAdapter:
                 found[part["type"]].append(medium)
         if self.family.clips is not None and len(found["audio"]) > self.family.clips:
             raise SampleError(f"sample {key!r} has {len(found['audio'])} clips in one view; {self.who()} reads one")
+        return self.composed(key, shown, found["audio"], found["image"])
+
+    def composed(self, key: str, messages: list[dict], audio: Sequence[Any], images: Sequence[Any]) -> Inputs:
+        """A view of media that are decoded already. Raises SampleError when the model cannot read it."""
         try:
-            view = self.laid_out(key, shown, found["audio"], found["image"])
+            view = self.laid_out(key, messages, audio, images)
         except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise SampleError(f"sample {key!r} cannot be laid out by {self.who()}: {error}") from error
         return self.checked(view)

@@ -68,6 +68,28 @@ def degraded(image: Image.Image) -> Image.Image:
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """uint8 [height, width, 3] -> RGB image. Raises SampleError for other numbers."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise SampleError(f"the image is {pixels.dtype} {list(pixels.shape)}, not uint8 [height, width, 3]")
+    check((pixels.shape[1], pixels.shape[0]), "the image")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def scaled(image: Image.Image, size: int) -> Image.Image:
+    """Square, `size` pixels a side, by Lanczos interpolation over 3 lobes, whatever its shape was; itself if it is."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def middle(image: Image.Image, area: float) -> Image.Image:
+    """The middle part of an image, of that share of its area and of its shape, back to its size by bilinear
+    interpolation from corner to corner, as `tf.image.crop_and_resize` does."""
+    side = area**0.5
+    shift = [(1 - side) / 2 * (length - 1) + (1 - side) / 2 for length in image.size]  # pixels count from their middle
+    affine = (side, 0.0, shift[0], 0.0, side, shift[1])
+    return image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+
+
 def suffix(data: bytes) -> str:
     """What the name of a file of these bytes, which `decode` reads, ends in: ".png", ".jpeg", …"""
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
