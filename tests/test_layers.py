@@ -67,7 +67,9 @@ def test_imports_go_down_only(path):
     for name in imports(path):
         words = name.split(".")
         if not inside:
-            assert words[0] != "xmodal_opd" or words[1:2] in ([], ["types"], ["wire"]), f"{path}: an adapter knows only the types"
+            assert words[0] != "xmodal_opd" or words[1:2] in ([], ["types"], ["wire"]), (
+                f"{path}: an adapter knows only the types"
+            )
         elif words[0] == "xmodal_opd" and len(words) > 1 and path.name != "cli.py" and part(path) != "__init__":
             other = words[1]
             if other != part(path) and any(other in names for names in LAYERS):

@@ -18,7 +18,11 @@ def round_trip(message):
 
 def test_arrays_come_back_with_their_kinds_and_shapes():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    message = {"images": {"top": image}, "state": np.array([0.5, -1.0], np.float32), "list": [np.zeros((0, 3)), 1, None]}
+    message = {
+        "images": {"top": image},
+        "state": np.array([0.5, -1.0], np.float32),
+        "list": [np.zeros((0, 3)), 1, None],
+    }
     back = round_trip(message)
     assert back["images"]["top"].dtype == np.uint8 and (back["images"]["top"] == image).all()
     assert back["state"].tolist() == [0.5, -1.0] and back["list"][0].shape == (0, 3) and back["list"][1:] == [1, None]

@@ -64,4 +64,6 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
     try:
         return getattr(importlib.import_module(module), cls)(**options)
     except ImportError as error:
-        raise AssetError(f"environment {name!r} needs a package that is not here ({error}); see configs/README.md") from error
+        raise AssetError(
+            f"environment {name!r} needs a package that is not here ({error}); see configs/README.md"
+        ) from error
