@@ -45,8 +45,8 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(texts):
-    """A byte-level BPE of Qwen2's kind, trained on the tasks' own words."""
+def make_tokenizer(texts, size: int = 768):
+    """A byte-level BPE of Qwen2's kind with `size` tokens, trained on the tasks' own words."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -59,7 +59,7 @@ def make_tokenizer(texts):
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(texts, BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False))
+    raw.train_from_iterator(texts, BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
     learned = json.loads(raw.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],

@@ -81,6 +81,38 @@ class SeenData(Data):
     prepare: Scenes | None = None
 
 
+class Starts(Part):
+    """Of modality action: where episodes begin. Start states are numbered, those to learn from and those to be measured
+    on apart."""
+
+    tasks: list[str] = Field(min_length=1)
+    train: int = Field(default=400, ge=1)  # start states of each task
+    test: int = Field(default=10, ge=1)
+    first: int = Field(default=10_000, ge=1)  # number of the first to learn from; those of the test begin at 0
+    seed: int | None = None  # of their order; default: train.seed
+
+
+class Robot(Part):
+    """The world that a policy acts in, and what its actions are."""
+
+    name: str = "metaworld"  # or toy, libero, or module:class of your own
+    options: dict[str, Any] = {}  # of that environment, such as {horizon: 200}
+    cameras: list[str] = Field(default=["corner2"], min_length=1)  # what the student sees, in this order
+    image_size: int | None = Field(default=None, ge=1)  # pixels a side, scaled; default: as the camera has them
+    crop: bool = False  # the middle nine tenths of the area, scaled back
+    size: int = Field(default=4, ge=1)  # numbers in an action
+    chunk: int = Field(default=8, ge=1)  # actions in a decision
+    decoding: Literal["parallel", "autoregressive"] = "parallel"
+    temperature: float = Field(default=1.0, gt=0)  # divides the logits of student and teachers, sampled and scored
+    statistics: str | None = None  # a model folder or JSON file whose norm_stats say what actions mean; null: [-1, 1]
+    key: str | None = None  # which of them
+    gripper: Literal["keep", "openvla"] = "keep"
+    workers: int = Field(default=4, ge=1)  # processes, each with one environment
+    timeout: float = Field(default=120.0, gt=0)  # seconds without an answer until a worker is given up
+    python: str | None = None  # of the workers, where the simulator lives in an environment of its own
+    videos: int = Field(default=0, ge=0)  # episodes filmed, before and after
+
+
 class Sampling(Part):
     n: int = Field(default=1, ge=1)
     temperature: float = Field(1.0, ge=0)  # 0 is greedy
@@ -246,7 +278,7 @@ class Checkpoint(Part):
 
 class Recipe(Part):
     name: str
-    modality: Literal["text", "audio", "vision"] = "audio"  # of the student's view: what the model must be able to read
+    modality: Literal["text", "audio", "vision", "action"] = "audio"  # of the student's view: what the model must be able to read
     model: Model = Model()
     data: Data
     rollout: Rollout
@@ -270,9 +302,17 @@ class SeenRecipe(Recipe):
     data: SeenData
 
 
+class ActionRecipe(Recipe):
+    """A recipe of modality action: episodes in a simulator in place of questions in shards."""
+
+    modality: Literal["action"] = "action"  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: Starts  # pyright: ignore[reportIncompatibleVariableOverride]
+    robot: Robot = Robot()
+
+
 def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
-    """What a tree of keys is to be read as: the modality decides what `data.prepare` may say."""
-    return SeenRecipe if tree.get("modality") == "vision" else Recipe
+    """What a tree of keys is to be read as: the modality decides what `data` may say."""
+    return {"vision": SeenRecipe, "action": ActionRecipe}.get(str(tree.get("modality")), Recipe)
 
 
 def views(recipe: Recipe) -> set[str]:
