@@ -9,10 +9,10 @@ import torch
 from xmodal_opd import config
 from xmodal_opd.objective import Term, vocab
 from xmodal_opd.objective.advantages import ADVANTAGES
-from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED, gaussian_reverse_kl
 from xmodal_opd.objective.order import order, sides
 from xmodal_opd.objective.reductions import REDUCTIONS
-from xmodal_opd.objective.schedules import SCHEDULES
+from xmodal_opd.objective.schedules import SCHEDULES, b2f, f2b
 from xmodal_opd.objective.surrogates import SURROGATES
 from xmodal_opd.objective.weights import WEIGHTS
 from xmodal_opd.types import Scores, TokenBatch
@@ -74,6 +74,13 @@ def test_divergence_of_two_distributions(name, options, expected):
 def test_estimate_from_a_token_twice_as_likely_for_the_student(name, expected):
     logp, logq = torch.tensor([0.6]).log(), torch.tensor([0.3]).log()
     assert SAMPLED[name](logp, logq).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_reverse_kl_of_two_gaussians():
+    """(0.4/0.2)²/2 + (1/0.5)²/2 with a width for each number; with one width for all ((0.4)² + 1²)/(2·0.25)."""
+    p, q, std = torch.tensor([[[0.5, -1.0]], [[0.1, 0.0]], [[0.2, 0.5]]], dtype=torch.float64)
+    assert gaussian_reverse_kl(p, q, std).tolist() == pytest.approx([4.0])
+    assert gaussian_reverse_kl(p, q, 0.5).tolist() == pytest.approx([2.32])
 
 
 def tiny(**scores) -> TokenBatch:
@@ -357,6 +364,12 @@ SCHEDULE = [
 @pytest.mark.parametrize("name, step, options, expected", SCHEDULE)
 def test_schedule_over_eleven_steps(name, step, options, expected):
     assert SCHEDULES[name](step, 11, **options) == pytest.approx(expected)
+
+
+def test_depths_of_the_two_curricula():
+    """TCOD, arXiv:2604.24005: at most 30 decisions, one more every 6 steps; an expert of 12, one fewer every 5."""
+    assert [f2b(k, limit=30, every=6) for k in (0, 5, 6, 59, 300)] == [1, 1, 2, 10, 30]
+    assert [b2f(k, 12, every=5) for k in (0, 4, 5, 54, 55, 300)] == [11, 11, 10, 1, 0, 0]
 
 
 def test_a_teacher_in_contrast_with_itself_without_media():

@@ -9,7 +9,7 @@ import torch
 
 from xmodal_opd.objective import Term, pick, rows
 from xmodal_opd.objective.advantages import ADVANTAGES
-from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED
+from xmodal_opd.objective.divergences import DIVERGENCES, SAMPLED, gaussian_reverse_kl
 from xmodal_opd.objective.groups import difficulty, unjudged
 from xmodal_opd.objective.order import margin, sides
 from xmodal_opd.objective.reductions import REDUCTIONS
@@ -101,6 +101,34 @@ def test_truncated_reverse_kl_does_not_drain_its_support():
     torch.testing.assert_close(slope[0] - slope[1], slope[2])
     at_equality = DIVERGENCES["topk_reverse_kl"](p, p.detach(), k=5, rest="drop").sum()
     assert torch.autograd.grad(at_equality, s)[0].abs().max() < 1e-12
+
+
+def test_gaussian_reverse_kl_is_the_divergence_of_two_normal_distributions():
+    p, q, std = (random(B, T, 3, seed=seed) for seed in (1, 2, 3))
+    value = gaussian_reverse_kl(p, q, std.exp())
+    normal = torch.distributions.Normal
+    wanted = torch.distributions.kl_divergence(normal(p, std.exp()), normal(q, std.exp())).sum(-1)
+    torch.testing.assert_close(value, wanted)
+    assert gaussian_reverse_kl(q, q, 0.1).abs().max() == 0
+    assert torch.autograd.gradcheck(lambda m: gaussian_reverse_kl(m, q, 0.5), p.requires_grad_())
+
+
+def test_a_term_distils_a_policy_of_continuous_actions(batch):
+    """Means linear in what is seen, for T actions in each of B episodes: no vocabulary, the same masks and sums."""
+    seen, teacher = random(B, T, 5), random(5, 2, seed=1)
+    student = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
+    term = Term(divergence=gaussian_reverse_kl, reduction=REDUCTIONS["token"])
+    optimizer = torch.optim.LBFGS([student], max_iter=50)
+
+    def loss():
+        optimizer.zero_grad()
+        far = term.loss(batch, term.judge(batch), gaussian_reverse_kl(seen @ student, seen @ teacher, 0.5))
+        far.backward()
+        return far
+
+    before = optimizer.step(loss)
+    assert loss() < 1e-6 * before
+    torch.testing.assert_close(student.detach(), teacher, atol=1e-3, rtol=0)
 
 
 def expected_gradient(loss, s):

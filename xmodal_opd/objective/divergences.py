@@ -3,6 +3,7 @@
 `DIVERGENCES` compare whole distributions: log-probabilities over the last axis in, one value per token out, at least
 zero, and zero at p = q. `SAMPLED` estimate from the sampled token alone: its log p and log q in, one value out.
 Masking, weighting, temperature, chunks and averages happen elsewhere, once. Gradients are in the student's logits.
+`gaussian_reverse_kl` is for policies without a vocabulary, whose actions are continuous: no recipe names it.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 LogProbs = Float[Tensor, "*tokens V"]
 PerToken = Float[Tensor, "*tokens"]
+Means = Float[Tensor, "*tokens D"]
 
 
 def forward_kl(p: LogProbs, q: LogProbs) -> PerToken:
@@ -136,6 +138,17 @@ def one_sided(logp: PerToken, logq: PerToken) -> PerToken:
     No divergence: it is 0 wherever the student is ahead, and its mean need not fall to 0 as p nears q.
     """
     return (logq - logp).relu()  # clamp has a slope at 0 as well, where the teacher is not ahead
+
+
+def gaussian_reverse_kl(p: Means, q: Means, std: Means | float) -> PerToken:
+    """KL(N(p, σ²) ‖ N(q, σ²)) = Σ (p − q)² / 2σ² of two means with one σ. Gradient (p − q)/σ². Flow-DPPO,
+    arXiv:2606.11025 Eq. 14.
+
+    Means [.., D] of the student and the teacher for each step, of an action or of its denoising; one value per step,
+    which is what a `Term` masks, weighs and averages as it does tokens. Over D numbers it is the sum; the paper's code
+    takes their mean, so its thresholds are for this by D.
+    """
+    return ((p - q) / std).square().sum(-1) / 2
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

@@ -1,6 +1,7 @@
 """Schedules: (step, total) -> multiplier. `step` counts from 0; over the first `warmup` steps the value rises from 0.
 
-For a learning rate the value multiplies the optimiser's own rate; for a loss term it is the scale itself.
+For a learning rate the value multiplies the optimiser's own rate; for a loss term it is the scale itself. `f2b` and
+`b2f` are schedules of how deep into its episodes a student acts, counted in decisions.
 """
 
 import math
@@ -30,6 +31,17 @@ def rise(step: int, warmup: int) -> float:
 def progress(step: int, total: int, warmup: int) -> float:
     """0 until the warm-up ends, 1 at the last step (total − 1) and after."""
     return min(1.0, max(0.0, (step - warmup) / max(1, total - 1 - warmup)))
+
+
+def f2b(step: int, *, limit: int, every: int = 6) -> int:
+    """Decisions until an episode is cut: min(1 + ⌊step/every⌋, limit), front to back. TCOD, arXiv:2604.24005."""
+    return min(1 + step // every, limit)
+
+
+def b2f(step: int, expert: int, *, every: int = 5) -> int:
+    """Decisions, of the `expert` many that the expert needs, which it takes before the student goes on:
+    max(0, expert − 1 − ⌊step/every⌋), back to front. TCOD, arXiv:2604.24005."""
+    return max(0, expert - 1 - step // every)
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {f.__name__: f for f in (constant, linear, cosine)}
