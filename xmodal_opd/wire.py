@@ -5,7 +5,7 @@ worker may run another Python and another numpy, and what it sends is data and n
 import json
 import math
 import struct
-from typing import Any, BinaryIO
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,7 +14,25 @@ ARRAY = "__array__"
 KINDS = "biuf"  # of what numpy can hold, what travels
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+@runtime_checkable
+class Source(Protocol):
+    """What messages come from: any binary stream."""
+
+    def read(self, size: int, /) -> bytes:
+        """Fewer bytes than `size` only at the end."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where messages go: any binary stream."""
+
+    def write(self, data: Any, /) -> Any: ...
+
+    def flush(self) -> None: ...
+
+
+def send(stream: Sink, message: Any) -> None:
     """Write one message: what JSON can say, with numpy arrays of numbers anywhere in it.
 
     Raises TypeError for anything else, before a byte is written.
@@ -37,7 +55,7 @@ def lifted(value: Any, arrays: list[np.ndarray]) -> Any:
     return {ARRAY: len(arrays) - 1, "dtype": value.dtype.str, "shape": list(value.shape)}
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: Source) -> Any:
     """The next message. Raises EOFError when the other side is gone, ValueError for what is no message."""
     (size,) = struct.unpack(">I", exactly(stream, 4))
     if size > LARGEST:
@@ -54,7 +72,7 @@ def noted(found: dict[str, Any], specs: dict[int, tuple[np.dtype, tuple[int, ...
     return found
 
 
-def read_array(stream: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def read_array(stream: Source, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if dtype.kind not in KINDS or not 0 <= size <= LARGEST:
         raise ValueError(f"an array of {dtype} {shape} does not travel")
@@ -69,7 +87,7 @@ def placed(message: Any, arrays: list[np.ndarray]) -> Any:
     return [placed(value, arrays) for value in message] if isinstance(message, list) else message
 
 
-def exactly(stream: BinaryIO, size: int) -> bytes:
+def exactly(stream: Source, size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError("the other side closed the stream")

@@ -1,11 +1,13 @@
-"""Short videos and animations -> a few frames and their times, for models that read images."""
+"""Short videos and animations -> a few frames and their times, for models that read images; and frames -> a video."""
 
 import io
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from modalities.vision.media import UNREADABLE, check, on_white
@@ -17,6 +19,7 @@ try:
 except ModuleNotFoundError:
     av, FFmpegError = None, OSError
 
+NEEDS_AV = "videos need PyAV: pip install 'xmodal-opd[video]'"
 LONGEST = 300.0  # seconds
 MOST_FRAMES = 20_000  # of the file: five minutes at 60 a second
 MOST_DECODED = 2 * 10**10  # pixels of all of them: five minutes of 1080p at 30 a second
@@ -84,7 +87,7 @@ def at_frame(file: Any, number: int) -> Any:
 
 def film(data: bytes, what: str, fps: float, most: int) -> list[Frame]:
     if av is None:
-        raise ModuleNotFoundError("videos need PyAV: pip install 'xmodal-opd[video]'")
+        raise ModuleNotFoundError(NEEDS_AV)
     with av.open(io.BytesIO(data), "r", options=CONTAINERS) as file:
         if not file.streams.video:
             raise SampleError(f"{what} has no pictures")
@@ -107,3 +110,22 @@ def pictures(frames: Iterator[Any], numbers: Sequence[int]) -> Iterator[Image.Im
         check((frame.width, frame.height), "a frame")
         if number in wanted:
             yield frame.to_image().rotate(frame.rotation, expand=True)
+
+
+def encode(frames: Sequence[np.ndarray], fps: float) -> bytes:
+    """Pictures uint8 [height, width, 3] of one size, `fps` a second -> an mp4 that browsers play.
+
+    Raises ModuleNotFoundError, naming the extra to install, without PyAV.
+    """
+    if av is None:
+        raise ModuleNotFoundError(NEEDS_AV)
+    height, width = frames[0].shape[:2]
+    even = [(0, height % 2), (0, width % 2), (0, 0)]  # its colours are halved in both directions
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        stream: Any = file.add_stream("h264", rate=Fraction(fps).limit_denominator(1000), options={"threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.pad(frame, even, "edge"), format="rgb24")))
+        file.mux(stream.encode())
+    return out.getvalue()

@@ -1,0 +1,356 @@
+"""Sampling from a simulated robot: the student decides on chunks of actions, one forward for all running episodes.
+
+Each worker runs one episode. A round batches what all of them see, decodes a chunk of action tokens for each, and sends
+the chunks out together; nothing is rendered between two decisions. A decision is one `Rollout`.
+
+What is drawn depends on the seed, the episode's number and the turn alone, so neither on how many workers there are nor
+on which of them was lost. What shares a forward does: it moves log-probs by their last bits, and a draw that falls on
+such a bit goes the other way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from xmodal_opd.models import (
+    continue_from,
+    head,
+    hidden_repeated,
+    inputs_on,
+    media_tokens,
+    prefill,
+    softcap,
+    without_head,
+)
+from xmodal_opd.rollout.workers import Lost, Workers
+from xmodal_opd.types import Adapter, Inputs, Pair, Rollout, SampleError, Sampling
+
+AGAIN = 2  # times an episode is run anew when its worker was lost
+
+Observation = Mapping[str, Any]  # modalities/action/environment.py has its fields
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (hidden [B, H], place) -> token and log-prob, [B] each
+
+
+class Acting(Adapter, Protocol):
+    """An adapter that also knows a robot."""
+
+    def observed(self, key: str, observation: Any, meta: dict[str, Any]) -> Pair:
+        """The views of what is seen before a decision."""
+        ...
+
+    def actions(self, tokens: Sequence[int]) -> np.ndarray:
+        """A chunk [C, size] in the simulator's units. Raises SampleError for tokens that are no actions."""
+        ...
+
+
+# ---- decoding
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Mapping[str, Tensor],
+    *,
+    width: int,
+    among: slice,
+    placeholder: int | None,
+    policy: float,
+    temperature: Tensor,
+    draws: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`width` tokens from the window `among` of the vocabulary behind each of B prompts: ids [B, width], and their
+    log-probs over the window at the temperature `policy`.
+
+    placeholder: the id that stands for each token in one forward (OpenVLA-OFT, 2502.19645: tokens are independent given
+    the prompt; attention stays the model's own, where theirs is bidirectional). None: one token after the other.
+    temperature [B]: on top, 0 takes the likeliest token. draws [B, width]: uniform in [0, 1), float64, one for each
+    token, so no row shifts another. Raises ValueError for a model that caps its logits.
+    """
+    if softcap(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps its logits, so their window has no temperature; take another model"
+        )
+    if any(among.start <= token < among.stop for token in media_tokens(model)):
+        raise ValueError(f"ids {among.start} to {among.stop - 1} hold tokens that stand for media; take another window")
+    weight = head(model)[among]
+
+    def choose(hidden: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        logits = (hidden / policy @ weight.T).float()
+        chosen, logp = sample(logits, temperature, draws[:, place])
+        return chosen + among.start, logp
+
+    if placeholder is None:
+        return one_by_one(model, prompts, width, choose)
+    hidden = hidden_repeated(model, prompts, torch.full_like(draws, placeholder, dtype=torch.long), grad=False)
+    both = [choose(hidden[:, place], place) for place in range(width)]
+    return torch.stack([t for t, _ in both], 1), torch.stack([v for _, v in both], 1)
+
+
+def one_by_one(
+    model: PreTrainedModel, prompts: Mapping[str, Tensor], width: int, choose: Choose
+) -> tuple[Tensor, Tensor]:
+    """Each token behind those before it: ids and log-probs [B, width]."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    last, position = prefill(model, prompts, cache)
+    mask, both = prompts["attention_mask"], [choose(last, 0)]
+    with without_head(model):
+        for place in range(1, width):
+            token = both[-1][0][:, None]
+            last = continue_from(model, cache, token, mask, position)[:, -1]
+            mask, position = torch.cat([mask, torch.ones_like(token)], 1), position + 1
+            both.append(choose(last, place))
+    return torch.stack([t for t, _ in both], 1), torch.stack([v for _, v in both], 1)
+
+
+def sample(logits: Tensor, temperature: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """One place per row of [B, W], where its draw falls in the cumulated probabilities, and its log-prob at
+    temperature 1."""
+    logp = logits.log_softmax(-1)
+    heated = (logp.double() / temperature.double().clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(heated, draw[:, None] * heated[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    chosen = torch.where(temperature == 0, logits.argmax(-1), drawn)
+    return chosen, logp.gather(-1, chosen[:, None])[:, 0]
+
+
+# ---- episodes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided on one observation; `tokens` are cut to the actions that were taken."""
+
+    pair: Pair
+    tokens: list[int]
+    logps: list[float]
+    prompt_tokens: int
+
+
+@dataclass
+class Episode:
+    """One episode, waiting or running."""
+
+    number: int  # unique in a call
+    name: str  # of its sampling
+    sampling: Sampling
+    pair: Pair  # its start state
+    group: int
+    filmed: bool
+    losses: int = 0
+    seen: Observation | None = None
+    actions: np.ndarray | None = None  # the chunk that goes out next, or is out
+    decisions: list[Decision] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def task(self) -> str:
+        return self.pair.meta["task"]
+
+    @property
+    def where(self) -> str:
+        return f"task {self.task!r}, start {self.pair.meta['start']}"
+
+    def request(self) -> list[Any]:
+        return ["reset", self.task, self.pair.meta["start"]] if self.seen is None else ["act", self.actions]
+
+    def lost(self, why: Lost) -> None:
+        """Back to its start. Raises RuntimeError where that was done often enough."""
+        self.losses += 1
+        if self.losses > AGAIN:
+            raise RuntimeError(f"{self.where}: its worker was lost {self.losses} times, at last because of: {why}")
+        self.seen, self.actions = None, None
+        self.decisions, self.frames = [], []
+
+    def took(self, seen: Observation) -> None:
+        """Note what is seen after a reset or a chunk, of which actions after the end were not taken."""
+        before, self.seen = self.seen, seen
+        if before is None or self.actions is None:
+            if seen["done"]:
+                raise RuntimeError(f"{self.where} is over before it began; take another start state")
+            return
+        taken = seen["steps"] - before["steps"]
+        if (taken < len(self.actions) and not seen["done"]) or not taken:
+            raise RuntimeError(f"{self.where}: {taken} of {len(self.actions)} actions were taken, and it is not over")
+        last, count = self.decisions[-1], taken * self.actions.shape[1]
+        self.decisions[-1] = replace(last, tokens=last.tokens[:count], logps=last.logps[:count])
+
+    def rollouts(self, text: Callable[[Sequence[int]], str]) -> list[Rollout]:
+        end = self.seen or {}
+        told = {"success": bool(end["success"]), "steps": int(end["steps"])}
+        return [
+            Rollout(
+                replace(d.pair, meta={**d.pair.meta, **told}),
+                *(d.tokens, d.logps, text(d.tokens), True, self.group, d.prompt_tokens),
+                episode=self.number,
+                turn=turn,
+            )
+            for turn, d in enumerate(self.decisions)
+        ]
+
+
+@dataclass(frozen=True)
+class Film:
+    """Videos of the first episode from each of the first `starts` start states, one frame for each decision.
+
+    encode: frames [height, width, 3] and how many a second -> the bytes of a file.
+    """
+
+    folder: Path
+    encode: Callable[[Sequence[np.ndarray], float], bytes]
+    starts: int = 1
+    fps: float = 4.0
+
+    def keep(self, episode: Episode) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{episode.name}-{episode.task}-{episode.pair.meta['start']}.mp4"
+        (self.folder / name).write_bytes(self.encode(episode.frames, self.fps))
+
+
+@dataclass(frozen=True)
+class EnvSampler:
+    """Rollouts of robots. Pairs are start states: `meta` has "task" and "start"; views are made of what is seen."""
+
+    model: PreTrainedModel
+    adapter: Acting
+    workers: Workers
+    width: int  # tokens of a decision
+    among: slice  # of the vocabulary: the tokens that are actions
+    placeholder: int | None = None
+    temperature: float = 1.0  # of the policy: it divides all its logits, sampled and scored
+    whole: Callable[[], AbstractContextManager] = nullcontext  # within, the model needs no other rank
+    longest: int | None = None  # decisions of an episode, where it is cut before its end
+    film: Film | None = None
+    exact: ClassVar[bool] = True  # its log-probs are the training model's own
+
+    @property
+    def lost(self) -> int:
+        """Workers lost until now; each cost an episode that was run again."""
+        return self.workers.lost
+
+    def generate(self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int) -> dict[str, list[Rollout]]:
+        """Rollouts per sampling, by start state, then episode (n to a start state), then turn. The episodes from
+        pair i form group i.
+
+        A function of the weights, the pairs and `seed`, up to the rounding of what shares a forward. Raises
+        RuntimeError for an episode whose worker is lost each time, SampleError for decisions that are no actions.
+        """
+        plan = [
+            (name, sampling, i, place)
+            for name, sampling in samplings.items()
+            for i in range(len(pairs))
+            for place in range(sampling.n)
+        ]
+        starts = self.film.starts if self.film else 0
+        episodes = [
+            Episode(number, name, sampling, pairs[i], i, filmed=i < starts and place == 0)
+            for number, (name, sampling, i, place) in enumerate(plan)
+        ]
+        with self.whole():
+            self.play(episodes, seed)
+        out: dict[str, list[Rollout]] = {name: [] for name in samplings}
+        for episode in episodes:
+            out[episode.name] += episode.rollouts(self.adapter.decode)
+        return out
+
+    def sync(self) -> None:
+        """Nothing to do: it samples from the very model that trains."""
+
+    def play(self, episodes: Sequence[Episode], seed: int) -> None:
+        """Run all of them to their ends, as many at a time as there are workers."""
+        waiting, running = list(episodes), dict[int, Episode]()
+        tasks: dict[int, str] = {}  # what a worker has loaded
+        while waiting or running:
+            for worker in sorted(set(range(self.workers.count)) - set(running)):
+                if waiting:
+                    running[worker] = waiting.pop(next_for(tasks.get(worker), waiting))
+                    tasks[worker] = running[worker].task
+            self.decide([e for e in running.values() if e.seen is not None], seed)
+            gone = self.asked(running, {worker: episode.request() for worker, episode in running.items()})
+            gone |= self.filmed({worker: episode for worker, episode in running.items() if worker not in gone})
+            waiting[:0] = [running.pop(worker) for worker in sorted(gone)]
+            for worker in [worker for worker, episode in running.items() if self.over(episode)]:
+                self.finish(running.pop(worker))
+
+    def asked(self, running: Mapping[int, Episode], requests: Mapping[int, list[Any]]) -> set[int]:
+        """Send chunks and resets out and note what is seen then. Returns the workers that were lost."""
+        answers = self.workers.ask(requests)
+        for worker, answer in answers.items():
+            running[worker].lost(answer) if isinstance(answer, Lost) else running[worker].took(answer)
+        return {worker for worker, answer in answers.items() if isinstance(answer, Lost)}
+
+    def filmed(self, running: Mapping[int, Episode]) -> set[int]:
+        """A frame of the episodes that are filmed. Returns the workers that were lost."""
+        answers = self.workers.ask({worker: ["frame"] for worker, episode in running.items() if episode.filmed})
+        for worker, answer in answers.items():
+            running[worker].lost(answer) if isinstance(answer, Lost) else running[worker].frames.append(answer)
+        return {worker for worker, answer in answers.items() if isinstance(answer, Lost)}
+
+    def over(self, episode: Episode) -> bool:
+        done = episode.seen is not None and episode.seen["done"]
+        return done or (self.longest is not None and len(episode.decisions) >= self.longest)
+
+    def finish(self, episode: Episode) -> None:
+        if self.film and episode.filmed:
+            self.film.keep(episode)
+
+    def decide(self, episodes: Sequence[Episode], seed: int) -> None:
+        """The next decision of each, one forward for each view they are seen under."""
+        for view in sorted({e.sampling.view for e in episodes}):
+            here = [e for e in episodes if e.sampling.view == view]
+            pairs = [self.observed(e) for e in here]
+            tokens, logps, lengths = self.answers([p.views[view] for p in pairs], here, seed)
+            for episode, pair, ids, values, length in zip(here, pairs, tokens, logps, lengths, strict=True):
+                episode.decisions.append(Decision(pair, ids, values, length))
+                episode.actions = self.actions(episode, ids, values)
+
+    def observed(self, episode: Episode) -> Pair:
+        meta = {**episode.pair.meta, "modality": "action"}
+        key = f"{episode.task}/{meta['start']}/{episode.number}/{len(episode.decisions)}"
+        return self.adapter.observed(key, episode.seen, meta)
+
+    def answers(
+        self, views: Sequence[Inputs], episodes: Sequence[Episode], seed: int
+    ) -> tuple[list[list[int]], list[list[float]], list[int]]:
+        """Tokens and log-probs of each decision, and the length of its prompt."""
+        prompts = inputs_on(self.model, self.adapter.batch(views))
+        device = prompts["input_ids"].device
+        draws = np.stack([drawn(seed, e.number, len(e.decisions), self.width) for e in episodes])
+        heat = torch.tensor([e.sampling.temperature for e in episodes], device=device)
+        tokens, logps = decode(
+            self.model,
+            prompts,
+            width=self.width,
+            among=self.among,
+            placeholder=self.placeholder,
+            policy=self.temperature,
+            temperature=heat,
+            draws=torch.from_numpy(draws).to(device),
+        )
+        return tokens.tolist(), logps.tolist(), prompts["attention_mask"].sum(1).tolist()
+
+    def actions(self, episode: Episode, tokens: list[int], logps: list[float]) -> np.ndarray:
+        if not np.isfinite(logps).all():
+            raise SampleError(
+                f"{episode.where}, turn {len(episode.decisions) - 1}: the model's log-probs are not finite"
+            )
+        try:
+            return self.adapter.actions(tokens)
+        except SampleError as error:
+            raise SampleError(f"{episode.where}, turn {len(episode.decisions) - 1}: {error}") from error
+
+
+def next_for(task: str | None, waiting: Sequence[Episode]) -> int:
+    """The place of the first episode of the task a worker has loaded, or else of the first one: another task may take
+    a simulator ten seconds."""
+    return next((i for i, episode in enumerate(waiting) if episode.task == task), 0)
+
+
+def drawn(seed: int, episode: int, turn: int, width: int) -> np.ndarray:
+    """The uniform numbers [width] that a decision is drawn with."""
+    return np.random.default_rng([seed, episode, turn]).random(width)
