@@ -21,6 +21,7 @@ from modalities.action.toy import Toy
 from modalities.vision import video
 from xmodal_opd.models import head, hidden_repeated, inputs_on, load_model, load_processor
 from xmodal_opd.objective import vocab
+from xmodal_opd.rollout.depth import DEPTHS, Depth, expert_actions
 from xmodal_opd.rollout.env import EnvSampler, Film, decode, drawn, sample
 from xmodal_opd.rollout.workers import Failed, Lost, Workers, surroundings
 from xmodal_opd.types import Pair, SampleError, Sampling
@@ -323,7 +324,7 @@ def test_what_was_done_is_what_the_tokens_say(brain, pool):
 
 
 def test_an_episode_can_be_cut_and_be_seen_under_another_view(brain, pool):
-    cut = sampler(brain, pool, longest=2)
+    cut = sampler(brain, pool, depth=Depth(longest=2))
     made = cut.generate(PAIRS, {"a": Sampling(1, 1.0, "teacher"), "b": Sampling(1, 1.0)}, seed=1)
     assert [r.turn for r in made["a"]] == [r.turn for r in made["b"]] == [0, 1] * 4
     assert all(r.pair.meta["steps"] == 6 for r in made["a"])
@@ -380,3 +381,86 @@ def test_the_first_episodes_are_filmed_one_frame_for_each_decision(brain, pool, 
     toy = Toy()
     toy.reset("reach", 0)
     assert np.abs(np.asarray(frames[0][1], float) - toy.frame()).mean() < 4
+
+
+# ---- depth
+
+LONG = [Pair(f"push/{n}", {}, None, {"task": "push", "start": n}) for n in (1, 3)]  # the expert needs 14 and 13 steps
+
+
+def expert_path(start):
+    """What is seen before each step of the expert, and its actions."""
+    toy, seen, actions = Toy(), [], []
+    seen.append(toy.reset("push", start))
+    while not seen[-1]["done"]:
+        actions.append(toy.expert())
+        seen.append(toy.act(actions[-1][None]))
+    return seen, np.stack(actions)
+
+
+@pytest.fixture(scope="module")
+def long_pool():
+    pool = workers()
+    yield pool
+    pool.close()
+
+
+def test_an_expert_is_followed_in_workers_as_here(long_pool):
+    found = expert_actions(long_pool, [("push", 1), ("push", 3), ("reach", 2)])
+    assert [len(actions) for actions in found.values()] == [14, 13, 5]
+    assert np.array_equal(found["push", 3], expert_path(3)[1])
+
+
+def test_the_expert_takes_the_first_decisions_and_the_student_goes_on(brain, long_pool):
+    plain = sampler(brain, long_pool)
+    back = replace(plain, depth=DEPTHS["b2f"](5, every=5))  # 5 decisions of the expert: it takes 3 of them
+    made = back.generate(LONG, {"two": WARM}, seed=2)["two"]
+    for episode in range(4):
+        turns = [r for r in made if r.episode == episode]
+        assert [r.turn for r in turns] == list(range(3, 3 + len(turns)))
+        start = turns[0].pair.meta["start"]
+        toy, (seen, actions) = Toy(), expert_path(start)
+        view = brain[1].observed("again", seen[9], {}).views["teacher"]["prompt"]
+        assert view == turns[0].pair.views["teacher"]["prompt"] and turns[0].pair.key == f"push/{start}/{episode}/3"
+        toy.reset("push", start)
+        now = toy.act(actions[:9])
+        for rollout in turns:
+            now = toy.act(brain[1].actions(rollout.tokens))
+        assert now["done"] and {k: now[k] for k in ("success", "steps")}.items() <= turns[0].pair.meta.items()
+    late = replace(back, depth=DEPTHS["b2f"](20, every=5))  # it takes none
+    one = {"one": Sampling(1, 1.0)}
+    assert told(late.generate(LONG, one, seed=2)["one"]) == told(plain.generate(LONG, one, seed=2)["one"])
+
+
+def test_every_decision_of_an_experts_episode_is_a_sample(brain, long_pool):
+    """OPAD: the student sees what the expert made of the start, and what it decides is not done."""
+    made = replace(sampler(brain, long_pool), depth=DEPTHS["opad"](0)).generate(LONG, {"two": WARM}, seed=2)["two"]
+    assert [r.turn for r in made] == list(range(5)) * 4
+    for rollout in made:
+        meta, turn = rollout.pair.meta, rollout.turn
+        seen, actions = expert_path(meta["start"])
+        view = brain[1].observed("again", seen[3 * turn], {}).views["teacher"]["prompt"]
+        assert view == rollout.pair.views["teacher"]["prompt"]
+        assert len(rollout.tokens) == 3 * len(actions[3 * turn :][:3])
+        assert meta["success"] and meta["steps"] == len(actions)
+    assert len({tuple(r.tokens) for r in made}) > 15
+
+
+def test_an_episode_that_the_expert_ends_is_dropped(brain, long_pool):
+    pairs = [Pair("reach/0", {}, None, {"task": "reach", "start": 0}), *LONG]  # one decision, and five
+    quick = replace(sampler(brain, long_pool), depth=Depth(lead=lambda expert: 1, longest=1))
+    made = quick.generate(pairs, {"two": WARM}, seed=2)["two"]
+    assert [(r.group, r.turn) for r in made] == [(1, 1)] * 2 + [(2, 1)] * 2
+    with pytest.raises(RuntimeError, match="no decision was left to the student"):
+        quick.generate(pairs[:1], {"two": WARM}, seed=2)
+
+
+@pytest.mark.parametrize("lost_while", ["asking", "leading"])
+def test_a_worker_lost_beside_an_expert_costs_nothing_else(brain, pool, tmp_path, lost_while):
+    depth = DEPTHS["b2f"](0)
+    good = replace(sampler(brain, pool), depth=depth)
+    expected = good.generate(PAIRS[2:], {"two": WARM}, seed=1)["two"]
+    bad = troubled("die", once=tmp_path / "once")
+    again = replace(good, workers=bad, known=dict(good.known) if lost_while == "leading" else {})
+    assert told(again.generate(PAIRS[2:], {"two": WARM}, seed=1)["two"]) == told(expected) and bad.lost == 1
+    bad.close()

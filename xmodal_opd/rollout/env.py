@@ -29,6 +29,7 @@ from xmodal_opd.models import (
     softcap,
     without_head,
 )
+from xmodal_opd.rollout.depth import FULL, Depth, Start, expert_actions
 from xmodal_opd.rollout.workers import Lost, Workers
 from xmodal_opd.types import Adapter, Inputs, Pair, Rollout, SampleError, Sampling
 
@@ -145,6 +146,10 @@ class Episode:
     losses: int = 0
     seen: Observation | None = None
     actions: np.ndarray | None = None  # the chunk that goes out next, or is out
+    guide: list[np.ndarray] = field(default_factory=list)  # the expert's chunks, where it has a part
+    lead: int = 0  # how many of them it takes first
+    led: int = 0  # and has taken
+    forced: bool = False  # whether its chunks are taken, whatever was decided
     decisions: list[Decision] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
 
@@ -153,18 +158,33 @@ class Episode:
         return self.pair.meta["task"]
 
     @property
+    def start(self) -> Start:
+        return self.task, self.pair.meta["start"]
+
+    @property
+    def turn(self) -> int:
+        """The depth of the student's next decision."""
+        return self.lead + len(self.decisions)
+
+    @property
     def where(self) -> str:
         return f"task {self.task!r}, start {self.pair.meta['start']}"
 
     def request(self) -> list[Any]:
         return ["reset", self.task, self.pair.meta["start"]] if self.seen is None else ["act", self.actions]
 
+    def follows(self) -> bool:
+        """Whether the expert's next chunk goes out; then it is at hand."""
+        if self.led < self.lead:
+            self.actions = self.guide[self.led]
+        return self.led < self.lead
+
     def lost(self, why: Lost) -> None:
         """Back to its start. Raises RuntimeError where that was done often enough."""
         self.losses += 1
         if self.losses > AGAIN:
             raise RuntimeError(f"{self.where}: its worker was lost {self.losses} times, at last because of: {why}")
-        self.seen, self.actions = None, None
+        self.seen, self.actions, self.led = None, None, 0
         self.decisions, self.frames = [], []
 
     def took(self, seen: Observation) -> None:
@@ -177,6 +197,9 @@ class Episode:
         taken = seen["steps"] - before["steps"]
         if (taken < len(self.actions) and not seen["done"]) or not taken:
             raise RuntimeError(f"{self.where}: {taken} of {len(self.actions)} actions were taken, and it is not over")
+        if self.led < self.lead:
+            self.led += 1
+            return
         last, count = self.decisions[-1], taken * self.actions.shape[1]
         self.decisions[-1] = replace(last, tokens=last.tokens[:count], logps=last.logps[:count])
 
@@ -190,7 +213,7 @@ class Episode:
                 episode=self.number,
                 turn=turn,
             )
-            for turn, d in enumerate(self.decisions)
+            for turn, d in enumerate(self.decisions, self.lead)
         ]
 
 
@@ -224,8 +247,9 @@ class EnvSampler:
     placeholder: int | None = None
     temperature: float = 1.0  # of the policy: it divides all its logits, sampled and scored
     whole: Callable[[], AbstractContextManager] = nullcontext  # within, the model needs no other rank
-    longest: int | None = None  # decisions of an episode, where it is cut before its end
     film: Film | None = None
+    depth: Depth = FULL  # which decisions are the student's; of a training step
+    known: dict[Start, np.ndarray] = field(default_factory=dict)  # what experts did, asked for once in a run
     exact: ClassVar[bool] = True  # its log-probs are the training model's own
 
     @property
@@ -235,7 +259,7 @@ class EnvSampler:
 
     def generate(self, pairs: Sequence[Pair], samplings: Mapping[str, Sampling], seed: int) -> dict[str, list[Rollout]]:
         """Rollouts per sampling, by start state, then episode (n to a start state), then turn. The episodes from
-        pair i form group i.
+        pair i form group i; one that is over before the student's first decision has none.
 
         A function of the weights, the pairs and `seed`, up to the rounding of what shares a forward. Raises
         RuntimeError for an episode whose worker is lost each time, SampleError for decisions that are no actions.
@@ -251,8 +275,11 @@ class EnvSampler:
             Episode(number, name, sampling, pairs[i], i, filmed=i < starts and place == 0)
             for number, (name, sampling, i, place) in enumerate(plan)
         ]
+        self.guide(episodes)
         with self.whole():
             self.play(episodes, seed)
+        if episodes and not any(episode.decisions for episode in episodes):
+            raise RuntimeError("no decision was left to the student: the expert ended every episode of this step")
         out: dict[str, list[Rollout]] = {name: [] for name in samplings}
         for episode in episodes:
             out[episode.name] += episode.rollouts(self.adapter.decode)
@@ -260,6 +287,19 @@ class EnvSampler:
 
     def sync(self) -> None:
         """Nothing to do: it samples from the very model that trains."""
+
+    def guide(self, episodes: Sequence[Episode]) -> None:
+        """Tell episodes what the expert does from their start states, where it has a part in them."""
+        if not self.depth.guided:
+            return
+        starts = sorted({e.start for e in episodes} - self.known.keys())
+        self.known.update(expert_actions(self.workers, starts))
+        for episode in episodes:
+            actions = self.known[episode.start]
+            chunk = self.width // actions.shape[1]
+            episode.guide = [actions[at : at + chunk] for at in range(0, len(actions), chunk)]
+            episode.lead = self.depth.lead(len(episode.guide)) if self.depth.lead else 0
+            episode.forced = self.depth.forced
 
     def play(self, episodes: Sequence[Episode], seed: int) -> None:
         """Run all of them to their ends, as many at a time as there are workers."""
@@ -270,7 +310,7 @@ class EnvSampler:
                 if waiting:
                     running[worker] = waiting.pop(next_for(tasks.get(worker), waiting))
                     tasks[worker] = running[worker].task
-            self.decide([e for e in running.values() if e.seen is not None], seed)
+            self.decide([e for e in running.values() if e.seen is not None and not e.follows()], seed)
             gone = self.asked(running, {worker: episode.request() for worker, episode in running.items()})
             gone |= self.filmed({worker: episode for worker, episode in running.items() if worker not in gone})
             waiting[:0] = [running.pop(worker) for worker in sorted(gone)]
@@ -292,8 +332,10 @@ class EnvSampler:
         return {worker for worker, answer in answers.items() if isinstance(answer, Lost)}
 
     def over(self, episode: Episode) -> bool:
-        done = episode.seen is not None and episode.seen["done"]
-        return done or (self.longest is not None and len(episode.decisions) >= self.longest)
+        done, longest = episode.seen is not None and episode.seen["done"], self.depth.longest
+        if episode.forced:
+            longest = len(episode.guide)
+        return done or (longest is not None and len(episode.decisions) >= longest)
 
     def finish(self, episode: Episode) -> None:
         if self.film and episode.filmed:
@@ -307,11 +349,12 @@ class EnvSampler:
             tokens, logps, lengths = self.answers([p.views[view] for p in pairs], here, seed)
             for episode, pair, ids, values, length in zip(here, pairs, tokens, logps, lengths, strict=True):
                 episode.decisions.append(Decision(pair, ids, values, length))
-                episode.actions = self.actions(episode, ids, values)
+                chunk = self.actions(episode, ids, values)
+                episode.actions = episode.guide[len(episode.decisions) - 1] if episode.forced else chunk
 
     def observed(self, episode: Episode) -> Pair:
         meta = {**episode.pair.meta, "modality": "action"}
-        key = f"{episode.task}/{meta['start']}/{episode.number}/{len(episode.decisions)}"
+        key = f"{episode.task}/{meta['start']}/{episode.number}/{episode.turn}"
         return self.adapter.observed(key, episode.seen, meta)
 
     def answers(
