@@ -39,6 +39,7 @@ HOMES = {
     "sklearn": {"modalities/vision/draw.py"},
     "deepspeed": {"xmodal_opd/engine/deepspeed.py"},
     "pyarrow": {"modalities/rows.py"},
+    "lerobot": {"modalities/action/lerobot.py"},
 }
 SOURCES = sorted([*(ROOT / "xmodal_opd").rglob("*.py"), *(ROOT / "modalities").rglob("*.py")])
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Make WebDataset shards of questions that are heard or seen, and re-shard, filter, merge or look at shards.
+"""Make WebDataset shards of questions that are heard or seen, or of what robots did, and re-shard, filter, merge or
+look at shards.
 
     python tools/prepare_shards.py tasks data/spoken/train --count 4000
     python tools/prepare_shards.py text questions.jsonl data/train --accents en-us,en-gb --noise-snr 5:20
     python tools/prepare_shards.py audio recordings.jsonl data/train
     python tools/prepare_shards.py scenes data/vision/train --count 4000 --families rendered,charts --blur 0.5:1.5
     python tools/prepare_shards.py images questions.jsonl data/train
+    python tools/prepare_shards.py lerobot DATASET data/demonstrations/train --chunk 8
     python tools/prepare_shards.py reshard data/train data/more data/arithmetic --where task=arithmetic
     python tools/prepare_shards.py inspect data/train -n 3
 
@@ -58,6 +60,13 @@ def arguments() -> argparse.ArgumentParser:
         spoken(command)
     for command in (scenes, images):
         seen(command)
+    robots = commands.add_parser("lerobot", help="the decisions of a LeRobotDataset of version 3")
+    robots.add_argument("source", help="its folder, or its name on the hub, from where it is then fetched")
+    robots.add_argument("out", help="folder to write")
+    robots.add_argument("--chunk", type=int, default=8, help="actions of a decision (8)")
+    robots.add_argument("--stride", type=int, help="frames from one decision to the next (as many as --chunk)")
+    robots.add_argument("--text", help="the column the teacher reads (state_text, or observation.state)")
+    robots.add_argument("--per-shard", type=int, default=256, help="samples in a tar (256)")
     reshard = commands.add_parser("reshard", help="filter, merge or cut anew")
     reshard.add_argument("sources", nargs="+", help="folders, index.json, tars, patterns or urls")
     reshard.add_argument("out", help="folder to write")
@@ -116,7 +125,9 @@ def main() -> None:
     flagged = ["inspect" if word == "--inspect" else word for word in sys.argv[1:2]]  # a flag to those who look for one
     options = vars(arguments().parse_args(flagged + sys.argv[2:]))
     command = options.pop("command")
-    run = {"reshard": reshard, "inspect": inspect}.get(command, lambda **rest: make(command, **rest))
+    run = {"reshard": reshard, "inspect": inspect, "lerobot": lerobot}.get(
+        command, lambda **rest: make(command, **rest)
+    )
     try:
         run(**options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -141,6 +152,16 @@ def make(kind: str, out: str, **options: Any) -> None:
         f"{out}: {index['total']} samples in {len(index['shardlist'])} shards, {seconds:.1f} s "
         f"({index['total'] / seconds:.0f} a second)"
     )
+
+
+# ---- lerobot
+
+
+def lerobot(source: str, out: str, **options: Any) -> None:
+    from modalities.action.lerobot import write_decisions
+
+    index = write_decisions(source, out, **options)
+    print(f"{out}: {index['total']} decisions in {len(index['shardlist'])} shards")
 
 
 # ---- reshard

@@ -1,0 +1,229 @@
+"""LeRobotDataset v3, as the package `lerobot` 0.6.1 writes and reads it: a frame for every action of an episode, with
+what was seen before it. Episodes in a simulator become such a dataset, and such a dataset decisions in shards.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modalities.action.adapter import QUESTION
+from modalities.action.environment import Observation
+from modalities.shards import write_shards
+from modalities.vision import media as sight
+
+IMAGES, STATE, ACTION, TEXT = "observation.images.", "observation.state", "action", "state_text"
+DECODER = "pyav"  # of videos: it brings its own codecs, where torchcodec needs ffmpeg's libraries
+STATISTICS = "dataset_statistics.json"  # beside shards: what load_normalizer reads
+KINDS = ("min", "max", "mean", "std", "q01", "q99")
+
+Ask = Callable[..., Any]  # a command of modalities/action/worker.py and its arguments -> the answer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was seen, the action [size] that was then taken, and what came of it."""
+
+    seen: Observation
+    action: np.ndarray
+    success: bool
+    done: bool
+
+
+def library() -> Any:
+    """The class LeRobotDataset. Raises ImportError with what to install."""
+    try:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    except ImportError as error:
+        raise ImportError(f"lerobot datasets need lerobot ({error}): pip install 'xmodal-opd[lerobot]'") from error
+    return LeRobotDataset
+
+
+# ---- episodes -> a dataset
+
+
+def replayed(ask: Ask, task: str, start: int, actions: Iterable[np.ndarray]) -> list[Step]:
+    """The steps of an episode of known actions [size], taken one by one: what lies within a chunk is seen as well."""
+    left = iter(actions)
+    return played(ask, task, start, lambda: next(left, None))
+
+
+def played(ask: Ask, task: str, start: int, choose: Callable[[], np.ndarray | None]) -> list[Step]:
+    """The steps of an episode until it is done, or `choose` has no more actions."""
+    seen, steps = ask("reset", task, start), []
+    while not seen["done"] and (action := choose()) is not None:
+        after = ask("act", np.asarray(action)[None])
+        steps.append(Step(seen, np.asarray(action, np.float32), after["success"], after["done"]))
+        seen = after
+    return steps
+
+
+def write(
+    folder: str | Path, episodes: Iterable[Sequence[Step]], *, fps: int, robot: str, video: bool = False
+) -> tuple[int, int]:
+    """A new dataset in `folder`, images in its parquet files or, with `video`, in mp4; returns (episodes, frames).
+
+    What was saved when `episodes` fails or is interrupted is a whole dataset. Raises ValueError for a folder that is
+    there already, and for no episodes.
+    """
+    create, folder, count, dataset = library().create, Path(folder), 0, None
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; give another folder, or delete it")
+    try:
+        for steps in episodes:
+            kinds = features(steps[0].seen, steps[0].action, video)
+            if dataset is None:
+                about = {"root": folder, "robot_type": robot, "use_videos": video, "video_backend": DECODER}
+                dataset = create(folder.name, fps, kinds, **about)
+            for step in steps:
+                dataset.add_frame(frame(step, kinds))
+            dataset.save_episode(parallel_encoding=False)
+            count += 1
+    finally:
+        if dataset is not None:
+            dataset.finalize()
+    if dataset is None:
+        raise ValueError(f"there are no episodes to write to {folder}")
+    return count, dataset.num_frames
+
+
+def features(seen: Observation, action: np.ndarray, video: bool) -> dict[str, dict[str, Any]]:
+    """lerobot's description of a frame. The state in words is under a name that its policies take for no input."""
+    kind, axes = "video" if video else "image", ["height", "width", "channels"]
+    cameras = {IMAGES + name: spec(kind, image.shape, axes) for name, image in seen["images"].items()}
+    numbers = {STATE: seen["state"], ACTION: action}
+    rows = {name: spec("float32", value.shape, [f"{i}" for i in range(len(value))]) for name, value in numbers.items()}
+    flags = {name: spec("bool", (1,), None) for name in ("next.success", "next.done")}
+    return cameras | rows | flags | ({TEXT: spec("string", (1,), None)} if seen["text"] else {})
+
+
+def spec(kind: str, shape: tuple[int, ...], names: list[str] | None) -> dict[str, Any]:
+    return {"dtype": kind, "shape": tuple(shape), "names": names}
+
+
+def frame(step: Step, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    images = {IMAGES + name: image for name, image in step.seen["images"].items()}
+    flags = {"next.success": np.array([step.success]), "next.done": np.array([step.done])}
+    words = {TEXT: step.seen["text"]} if TEXT in kinds else {}
+    state = np.asarray(step.seen["state"], np.float32)
+    return images | flags | words | {STATE: state, ACTION: step.action, "task": step.seen["instruction"]}
+
+
+# ---- a dataset -> decisions in shards
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A frame in which is decided, and the one before which the chunk of actions ends."""
+
+    episode: int
+    turn: int
+    frame: int
+    until: int
+
+
+def write_decisions(
+    source: str,
+    folder: str | Path,
+    *,
+    chunk: int = 8,
+    stride: int | None = None,
+    text: str | None = None,
+    per_shard: int = 256,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Shards of the decisions of a dataset (a folder, or a name on the hub); returns their index.
+
+    Every `stride`-th frame (default: every `chunk`-th, as an episode is decided) with `chunk` actions from there on, or
+    as many as are left, in `meta.actions` [C, size] in the dataset's units. Their statistics lie beside the shards.
+    Views: the student has all cameras and the instruction, the teacher the column `text` (default: the state in words
+    where there is one, else the state's numbers) and the instruction. Raises ValueError for what the dataset has not.
+    """
+    dataset = opened(source)
+    column = text or next((name for name in (TEXT, STATE) if name in dataset.features), "")
+    for name, what in ((column, "teacher's text"), (ACTION, "actions")):
+        if name not in dataset.features:
+            raise ValueError(f"{source} has no column {name!r} for the {what}; it has: {', '.join(dataset.features)}")
+    places, actions = decisions(dataset, chunk, stride or chunk), all_actions(dataset)
+    settings = {"kind": "lerobot", "records": digest(dataset), "chunk": chunk, "stride": stride or chunk}
+
+    def render(numbers: Sequence[int]) -> Iterator[Mapping[str, bytes]]:
+        return (sample(dataset, places[n], actions, column) for n in numbers)
+
+    index = write_shards(folder, settings | {"text": column}, len(places), render, per_shard, progress)
+    told = {kind: np.asarray(dataset.meta.stats[ACTION][kind]).tolist() for kind in KINDS}
+    Path(folder, STATISTICS).write_text(json.dumps({Path(source).name: {"action": told}}))
+    return index
+
+
+def opened(source: str) -> Any:
+    """Raises ValueError for a folder that holds no dataset of version 3."""
+    here = Path(source).is_dir()
+    if here and not Path(source, "meta", "info.json").is_file():
+        raise ValueError(f"{source} holds no LeRobotDataset: it has no meta/info.json")
+    version = json.loads(Path(source, "meta", "info.json").read_text()).get("codebase_version") if here else "v3.0"
+    if not str(version).startswith("v3"):
+        raise ValueError(
+            f"{source} is a LeRobotDataset {version}; version 3 is read, and lerobot has a script that converts"
+        )
+    where = {"repo_id": Path(source).name, "root": source} if here else {"repo_id": source}
+    return library()(**where, video_backend=DECODER)
+
+
+def decisions(dataset: Any, chunk: int, stride: int) -> list[Decision]:
+    if chunk < 1 or stride < 1:
+        raise ValueError(f"a chunk of {chunk} actions every {stride} frames is none; both are at least 1")
+    bounds = [(row["dataset_from_index"], row["dataset_to_index"]) for row in dataset.meta.episodes]
+    return [
+        Decision(episode, turn, at, min(at + chunk, last))
+        for episode, (first, last) in enumerate(bounds)
+        for turn, at in enumerate(range(first, last, stride))
+    ]
+
+
+def all_actions(dataset: Any) -> np.ndarray:
+    """[frames, size]"""
+    return np.stack(dataset.hf_dataset.select_columns([ACTION]).with_format("numpy")[:][ACTION])
+
+
+def digest(dataset: Any) -> str:
+    """A name for the contents."""
+    parts = [Path(dataset.root, "meta", name).read_bytes() for name in ("info.json", "stats.json")]
+    return sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def sample(dataset: Any, place: Decision, actions: np.ndarray, column: str) -> dict[str, bytes]:
+    """The files of one decision."""
+    item = dataset[place.frame]
+    images = {f"{key.rpartition('.')[2]}.png": picture(item[key]) for key in dataset.meta.camera_keys}
+    question = QUESTION.format(item["task"].lower())
+    parts = [{"type": "image", "image": name} for name in images]
+    meta = {
+        "task": item["task"],
+        "episode": place.episode,
+        "turn": place.turn,
+        "modality": "action",
+        "actions": actions[place.frame : place.until].tolist(),
+    }
+    views = {"student": asked(question, parts), "teacher": asked(f"{in_words(item[column])}\n{question}")}
+    record = {"views": views, "answer": None, "meta": meta}
+    return {"json": json.dumps(record, ensure_ascii=False).encode(), **images}
+
+
+def asked(text: str, images: Sequence[Mapping[str, str]] = ()) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def in_words(value: Any) -> str:
+    """A column of words as it is, one of numbers with three decimals."""
+    return value if isinstance(value, str) else f"state {' '.join(f'{x:.3f}' for x in np.ravel(np.asarray(value)))}"
+
+
+def picture(image: Any) -> bytes:
+    """A PNG of lerobot's image, float [3, height, width] from 0 to 1."""
+    pixels = np.rint(np.asarray(image) * 255).astype(np.uint8)
+    return sight.encode(sight.from_array(pixels.transpose(1, 2, 0)))

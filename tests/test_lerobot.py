@@ -1,0 +1,123 @@
+"""Episodes become a LeRobotDataset that lerobot's own reader reads, and a LeRobotDataset decisions in shards."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot.datasets.lerobot_dataset", reason="pip install 'xmodal-opd[lerobot]'")
+
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from modalities.action.lerobot import TEXT, played, replayed, write, write_decisions
+from modalities.action.tokens import load_normalizer
+from modalities.action.toy import Toy
+from modalities.vision.media import decode
+from xmodal_opd.data import Shards
+
+STARTS = [("push", 3), ("reach", 2)]
+
+
+def asking(environment):
+    return lambda command, *arguments: getattr(environment, command)(*arguments)
+
+
+def shown(task, start):
+    """An episode of the expert."""
+    toy = Toy()
+    return played(asking(toy), task, start, toy.expert)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return [shown(*start) for start in STARTS]
+
+
+@pytest.fixture(scope="module")
+def folder(episodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lerobot") / "toy"
+    assert write(folder, episodes, fps=10, robot="toy") == (2, sum(map(len, episodes)))
+    return folder
+
+
+def test_what_lerobot_reads_is_what_was_done(episodes, folder):
+    dataset = LeRobotDataset("toy", root=folder, video_backend="pyav")
+    every = [step for steps in episodes for step in steps]
+    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (2, len(every), 10)
+    for number in (0, 1, len(episodes[0]), len(every) - 1):
+        item, step = dataset[number], every[number]
+        image = item["observation.images.top"].permute(1, 2, 0) * 255
+        assert np.array_equal(image.round().byte().numpy(), step.seen["images"]["top"])
+        assert np.array_equal(item["action"], step.action) and item["task"] == step.seen["instruction"]
+        assert np.array_equal(item["observation.state"], step.seen["state"]) and item[TEXT] == step.seen["text"]
+    assert [step.success for step in every] == [bool(dataset[n]["next.success"]) for n in range(len(every))]
+    assert episodes[0][-1].success and not episodes[0][0].success
+
+
+def test_actions_replayed_one_by_one_show_the_same_steps(episodes):
+    again = replayed(asking(Toy()), *STARTS[0], [step.action for step in episodes[0]])
+    assert len(again) == len(episodes[0])
+    for a, b in zip(again, episodes[0], strict=True):
+        assert np.array_equal(a.seen["images"]["top"], b.seen["images"]["top"]) and a.success == b.success
+
+
+def test_decisions_of_a_dataset_are_samples(episodes, folder, tmp_path):
+    index = write_decisions(str(folder), tmp_path / "out", chunk=4, progress=False)
+    samples = list(Shards(str(tmp_path / "out"), shuffle=False).samples(epochs=1))
+    turns = [-(-len(steps) // 4) for steps in episodes]
+    assert index["total"] == len(samples) == sum(turns)
+    meta = samples[turns[0]]["meta"]  # the first decision of the second episode
+    assert (meta["episode"], meta["turn"]) == (1, 0)
+    sizes = [len(sample["meta"]["actions"]) for sample in samples[: turns[0]]]
+    assert sizes == [4] * (turns[0] - 1) + [len(episodes[0]) - 4 * (turns[0] - 1)]
+    third, step = samples[2], episodes[0][8]
+    assert np.allclose(third["meta"]["actions"][0], step.action)
+    assert np.array_equal(np.asarray(decode(third["media"]["top.png"])), step.seen["images"]["top"])
+    image, words = third["views"]["student"][0]["content"]
+    assert image == {"type": "image", "image": "top.png"} and step.seen["instruction"] in words["text"]
+    (told,) = third["views"]["teacher"][0]["content"]
+    assert told["text"] == f"{step.seen['text']}\n{words['text']}"
+
+
+def test_statistics_beside_the_shards_normalize_its_actions(episodes, folder, tmp_path):
+    write_decisions(str(folder), tmp_path / "out", chunk=4, text="observation.state", progress=False)
+    normalizer = load_normalizer(tmp_path / "out" / "dataset_statistics.json", "toy", "bounds")
+    every = np.array([step.action for steps in episodes for step in steps])
+    assert np.allclose(normalizer.low, every.min(0)) and np.allclose(normalizer.high, every.max(0))
+    first = next(Shards(str(tmp_path / "out"), shuffle=False).samples(epochs=1))
+    numbers = " ".join(f"{x:.3f}" for x in episodes[0][0].seen["state"])
+    assert first["views"]["teacher"][0]["content"][0]["text"].startswith(f"state {numbers}\n")
+
+
+def test_what_is_no_dataset_is_refused(folder, episodes, tmp_path):
+    with pytest.raises(ValueError, match="is there already"):
+        write(folder, episodes, fps=10, robot="toy")
+    with pytest.raises(ValueError, match="no episodes"):
+        write(tmp_path / "none", [], fps=10, robot="toy")
+    with pytest.raises(ValueError, match=r"no column 'words' for the teacher's text; it has: observation.images.top"):
+        write_decisions(str(folder), tmp_path / "out", text="words")
+    with pytest.raises(ValueError, match=r"no meta/info.json"):
+        write_decisions(str(tmp_path), tmp_path / "out")
+    (tmp_path / "old" / "meta").mkdir(parents=True)
+    (tmp_path / "old" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
+    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.1"):
+        write_decisions(str(tmp_path / "old"), tmp_path / "out")
+
+
+def test_an_interruption_leaves_a_whole_dataset(episodes, tmp_path):
+    def failing():
+        yield episodes[0]
+        raise RuntimeError("the simulator is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        write(tmp_path / "part", failing(), fps=10, robot="toy")
+    assert LeRobotDataset("part", root=tmp_path / "part", video_backend="pyav").num_frames == len(episodes[0])
+
+
+@pytest.mark.slow
+def test_images_may_be_videos(episodes, tmp_path):
+    write(tmp_path / "video", episodes[:1], fps=10, robot="toy", video=True)
+    dataset = LeRobotDataset("video", root=tmp_path / "video", video_backend="pyav")
+    assert dataset.meta.video_keys == ["observation.images.top"] and list((tmp_path / "video").rglob("*.mp4"))
+    image = (dataset[2]["observation.images.top"].permute(1, 2, 0) * 255).numpy()
+    assert np.abs(image - episodes[0][2].seen["images"]["top"]).mean() < 8
