@@ -11,6 +11,7 @@ import numpy as np
 ENVIRONMENTS = {  # name in a recipe -> module:class, imported in the worker alone
     "toy": "modalities.action.toy:Toy",
     "metaworld": "modalities.action.metaworld:MetaWorld",
+    "libero": "modalities.action.libero:Libero",
 }
 
 

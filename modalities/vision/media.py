@@ -90,6 +90,18 @@ def middle(image: Image.Image, area: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
 
 
+def shown(pixels: np.ndarray, size: int, jpeg: bool, lobes: int) -> np.ndarray:
+    """uint8 [height, width, 3] -> [size, size, 3] by Lanczos interpolation over 3 lobes or bilinear (1), and through a
+    JPEG file first: what models see that were trained on records which were."""
+    image = from_array(pixels)
+    if jpeg:
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=95)  # TensorFlow's
+        image = Image.open(file, formats=("JPEG",))
+    how = {3: Image.Resampling.LANCZOS, 1: Image.Resampling.BILINEAR}[lobes]
+    return np.asarray(image.resize((size, size), how) if image.size != (size, size) else image)
+
+
 def suffix(data: bytes) -> str:
     """What the name of a file of these bytes, which `decode` reads, ends in: ".png", ".jpeg", …"""
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:

@@ -1,0 +1,272 @@
+"""What can drive a robot in `tools/eval_robot.py`: our own models, servers, lerobot's policies, experts, recordings.
+
+A policy sees seats, the episodes that wait for a decision, and answers each with a chunk of actions [C, size] in the
+simulator's units. It is told when an episode begins, and may be asked for several at once.
+"""
+
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+
+from modalities.action import clients
+from modalities.action.environment import Observation
+from modalities.action.protocols import Protocol as Rules
+from xmodal_opd import wire
+
+
+class Unusable(ValueError):
+    """What a policy answered is no chunk of actions. The episode has failed; the others go on."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One episode that waits for a decision."""
+
+    key: str  # task/start
+    task: str
+    start: int
+    seen: Observation
+    expert: Callable[[], np.ndarray]  # what the simulator's own script would do here
+
+
+class Policy(Protocol):
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What results depend on, beside its name."""
+        ...
+
+    @property
+    def threads(self) -> bool:
+        """Whether `act` may be called by several threads at once."""
+        ...
+
+    def reset(self, key: str) -> None:
+        """An episode begins, or begins again."""
+        ...
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]: ...
+
+
+class Nothing:
+    """The policy that fails: it stays where it is."""
+
+    identity: Mapping[str, Any] = {}
+    threads = True
+
+    def __init__(self, rest: Sequence[float], chunk: int):
+        self.actions = np.tile(np.asarray(rest, np.float64), (chunk, 1))
+
+    def reset(self, key: str) -> None: ...
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        return [self.actions for _ in seats]
+
+
+class Expert:
+    """The simulator's own script, one action at a time."""
+
+    identity: Mapping[str, Any] = {}
+    threads = True
+
+    def reset(self, key: str) -> None: ...
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        return [np.asarray(seat.expert())[None] for seat in seats]
+
+
+class Recorded:
+    """Actions of a JSONL file, as `eval_robot.py --record` writes it: {"task", "start", "actions"} a line."""
+
+    threads = True
+
+    def __init__(self, path: Path):
+        data = path.read_bytes()
+        self.identity = {"sha256": hashlib.sha256(data).hexdigest()}
+        try:
+            lines = [json.loads(line) for line in data.splitlines()]
+            self.actions = {f"{r['task']}/{r['start']}": np.array(r["actions"], np.float64) for r in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"every line has task, start and actions ({error})"
+            raise ValueError(f"{path} is no recording, where {why}") from None
+        self.path = path
+
+    def reset(self, key: str) -> None: ...
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        return [self.rest(seat) for seat in seats]
+
+    def rest(self, seat: Seat) -> np.ndarray:
+        left = self.actions.get(seat.key, np.zeros((0, 0)))[seat.seen["steps"] :]
+        if not len(left):
+            raise Unusable(f"{self.path} has no action for step {seat.seen['steps']}")
+        return left
+
+
+# ---- servers
+
+
+class Http:
+    """tools/serve_policy.py, or whatever answers as it does."""
+
+    threads = True
+
+    def __init__(self, url: str, rules: Rules | None):
+        self.url, self.rules = url.rstrip("/"), rules
+        self.client = httpx.Client(timeout=httpx.Timeout(600.0, connect=10.0), trust_env=False)
+        about = json.loads(self.asked("GET", "/"))
+        self.identity, self.units = about.get("identity", {}), about.get("units")
+        self.identity = {"policy": about.get("policy"), **self.identity}
+
+    def reset(self, key: str) -> None:
+        self.asked("POST", "/reset", {"episode": key})
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        return [self.answered(seat) for seat in seats]
+
+    def answered(self, seat: Seat) -> np.ndarray:
+        seen = {**seat.seen, "images": prepared(seat.seen["images"], self.rules)}
+        message = {"episode": seat.key, "task": seat.task, "start": seat.start, "observation": seen}
+        actions = wire.receive(io.BytesIO(self.asked("POST", "/act", message)))
+        return in_units(actions, self.rules if self.units != "simulator" else None)
+
+    def asked(self, method: str, path: str, message: Any = None) -> bytes:
+        """Raises Unreachable when nobody answers, ValueError for what the server refuses."""
+        out = io.BytesIO()
+        wire.send(out, message)
+        try:
+            reply = self.client.request(method, self.url + path, content=out.getvalue())
+        except httpx.HTTPError as error:
+            raise Unreachable(self.url, error) from None
+        if reply.status_code != 200:
+            raise ValueError(f"the policy server at {self.url} refuses {path} ({reply.status_code}): {reply.text:.300}")
+        return reply.content
+
+
+class OpenPi:
+    """openpi's server over a websocket, one connection for each thread."""
+
+    threads = True
+
+    def __init__(self, url: str, rules: Rules | None):
+        if rules is None:
+            raise ValueError("openpi's websocket protocol is known for LIBERO; serve other policies over http://")
+        self.url, self.rules, self.here = url, rules, threading.local()
+        about = self.connection().about
+        self.units = about.get("units")
+        self.identity = {name: value for name, value in about.items() if isinstance(value, str | int | float)}
+
+    def connection(self) -> clients.OpenPi:
+        if not hasattr(self.here, "connection"):
+            try:
+                self.here.connection = clients.OpenPi(self.url, 600.0)
+            except OSError as error:
+                raise Unreachable(self.url, error) from None
+        return self.here.connection
+
+    def reset(self, key: str) -> None: ...
+
+    def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        return [self.answered(seat) for seat in seats]
+
+    def answered(self, seat: Seat) -> np.ndarray:
+        images = prepared(seat.seen["images"], self.rules)
+        message = {
+            "observation/image": images["agentview"],
+            "observation/wrist_image": images["robot0_eye_in_hand"],
+            "observation/state": np.asarray(seat.seen["state"]),
+            "prompt": seat.seen["instruction"],
+        }
+        try:
+            actions = self.connection().infer(message)
+        except (OSError, EOFError, TimeoutError, *clients.broken()) as error:
+            raise Unreachable(self.url, error) from None
+        return in_units(actions, self.rules if self.units != "simulator" else None)
+
+
+class Unreachable(RuntimeError):
+    def __init__(self, url: str, error: Exception):
+        why = str(error) or type(error).__name__
+        super().__init__(f"no policy server answers at {url} ({why}); start it, and run the same command again")
+
+
+def prepared(images: Mapping[str, np.ndarray], rules: Rules | None) -> dict[str, np.ndarray]:
+    """Pictures as the protocol shows them to a model that is served; cropping is the model's."""
+    if rules is None or rules.resize is None:
+        return dict(images)
+    from modalities.vision import media
+
+    return {name: media.shown(image, rules.resize, rules.jpeg, rules.lobes) for name, image in images.items()}
+
+
+def in_units(actions: np.ndarray, rules: Rules | None) -> np.ndarray:
+    """Actions of a server as the simulator takes them, where the protocol's models speak otherwise."""
+    if rules is None or rules.gripper == "env":
+        return actions
+    return np.concatenate([actions[..., :-1], -np.sign(2 * actions[..., -1:] - 1)], -1)
+
+
+class Together:
+    """A policy for one thread at a time, asked by many: who waits meanwhile is answered in one batch."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.waiting: list[tuple[Seat, Future[np.ndarray]]] = []
+        self.guard, self.busy = threading.Lock(), threading.Lock()
+
+    def act(self, seat: Seat) -> np.ndarray:
+        if self.policy.threads:
+            return self.policy.act([seat])[0]
+        answer: Future[np.ndarray] = Future()
+        with self.guard:
+            self.waiting.append((seat, answer))
+        with self.busy:
+            with self.guard:
+                some, self.waiting = self.waiting, []
+            if some:
+                self.answer(some)
+        return answer.result()
+
+    def answer(self, some: Sequence[tuple[Seat, Future[np.ndarray]]]) -> None:
+        try:
+            answers = self.policy.act([seat for seat, _ in some])
+        except Exception as error:  # all who wait must hear of it
+            for _, future in some:
+                future.set_exception(error)
+            return
+        for (_, future), actions in zip(some, answers, strict=True):
+            future.set_result(actions)
+
+
+# ---- which one
+
+
+def looks(spec: str) -> bool:
+    """Whether the policy of this name looks at pictures."""
+    return not (spec in ("expert", "nothing") or spec.startswith("recorded:"))
+
+
+def make(spec: str, *, size: int, rules: Rules | None, recipe: str | None) -> Policy:
+    """The policy of a name, see eval_robot.py. Raises ValueError for a name that is none."""
+    if spec == "expert":
+        return Expert()
+    if spec == "nothing":
+        return Nothing([0.0] * (size - 1) + [-1.0 if rules else 0.0], 8)
+    if spec.startswith("recorded:"):
+        return Recorded(Path(spec.removeprefix("recorded:")))
+    if spec.startswith(("http://", "https://")):
+        return Http(spec, rules)
+    if spec.startswith(("ws://", "wss://")):
+        return OpenPi(spec, rules)
+    raise ValueError(
+        f"there is no policy {spec!r}; there are: a model folder, http://…, ws://…, lerobot:FOLDER, "
+        "recorded:FILE.jsonl, expert, nothing"
+    )
