@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from teacher import Teacher, serving
+from teacher import Refused, Teacher, serving
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from xmodal_opd import collect, config, models, step
 from xmodal_opd.build import build, open_shards, training_shards
 from xmodal_opd.objective import rows as take
+from xmodal_opd.teachers import try_teachers
 
 COUNT = 6  # questions of three tasks
 POLICY = "{sampling: tokens, advantages: [teacher_logratio], surrogate: reinforce}"
@@ -154,6 +155,33 @@ def test_served_teachers_on_a_route_read_their_questions_alone_and_tell_what_loc
         ours, theirs = local.batch.scores, remote.batch.scores
         torch.testing.assert_close(theirs["teacher_logp"], ours["teacher_logp"], rtol=0, atol=1e-3)
         assert "teacher_entropy" in ours and "teacher_entropy" not in theirs, "a server tells no entropy"
+
+
+def test_one_teacher_of_a_route_may_be_silent_for_a_step_and_not_all_of_them(world, experts, capsys):
+    reads = lambda name: Teacher(models.load_model(str(experts[name])), models.load_processor(str(experts[name])))  # noqa: E731
+    with serving(reads("expert")) as one, serving(reads("student")) as other:
+        there = route(experts, arithmetic={"model": "one"}, ordering={"model": "other"})
+        servers = [f"teachers.{n}={{servers: ['{t.url}'], retries: 0}}" for n, t in (("one", one), ("other", other))]
+        objective = ["objective.tokens=null", f"objective.term={POLICY}", f"scoring.teacher.route={there}"]
+        parts = built(world, experts, *objective, *servers)
+        pairs = pairs_of(parts)
+        one.spoil = silent
+        sampled, metrics = collect.sample(parts, pairs, 0)
+        kept = Counter(r.pair.meta["task"] for r in sampled.rollouts)
+        assert kept == {"ordering": 2, "choice": 2} and metrics["teacher_failures"] == 2
+        assert "2 of 6 answers are left out" in capsys.readouterr().out
+        with pytest.raises(RuntimeError, match="teacher 'one' gave nothing for any of the 4 answers"):
+            try_teachers(parts, sampled.rollouts)
+        other.spoil = silent
+        with pytest.raises(RuntimeError, match=r"teacher 'one' and 'other' gave nothing for any of the 4 answers"):
+            collect.sample(parts, pairs, 0)
+        alone = [pair for pair in pairs if pair.meta["task"] != "ordering"][:2]
+        sampled, metrics = collect.sample(parts, alone, 0)
+        assert [r.pair.meta["task"] for r in sampled.rollouts] == ["choice"] and metrics["teacher_failures"] == 1
+
+
+def silent(told):
+    raise Refused(500)
 
 
 def test_a_question_that_no_route_leads_anywhere_is_skipped_and_counted(world, experts):

@@ -8,7 +8,7 @@ from torch import Tensor
 from xmodal_opd import schema
 from xmodal_opd.build import Parts
 from xmodal_opd.objective import rows as take
-from xmodal_opd.scoring.served import Answers, Source, ask_teachers
+from xmodal_opd.scoring.served import Answers, Source, ask_teachers, refuse_silence
 from xmodal_opd.types import Rollout, TokenBatch
 
 Told = Mapping[Source, Answers]  # what served teachers say of this rank's rows
@@ -39,10 +39,12 @@ def wanted(parts: Parts, rollouts: Sequence[Rollout], sampling: Sequence[str]) -
 
 def try_teachers(parts: Parts, rollouts: Sequence[Rollout]) -> None:
     """Before anything is measured: every served teacher answers on a few answers, under each view that they have.
-    Raises what it would in a step."""
+    Raises what it would in a step, and RuntimeError when one of them says nothing."""
     teachers = {t for source in schema.sources(parts.recipe) for t in schema.teachers_of(source).values()}
     rows = {t: [r for r, it in enumerate(rollouts) if t[1] in it.pair.views] for t in teachers if t[0] in parts.served}
-    ask_teachers(parts.served, {teacher: some for teacher, some in rows.items() if some}, rollouts)
+    told = ask_teachers(parts.served, {teacher: some for teacher, some in rows.items() if some}, rollouts)
+    for source, answers in told.items():
+        refuse_silence({source: answers})
 
 
 def served_scores(

@@ -138,7 +138,8 @@ def probe_text(tokenizer: Any) -> tuple[str, list[int]]:
 def ask_teachers(
     teachers: Mapping[str, ServedTeacher], wanted: Mapping[Source, Sequence[int]], rollouts: Sequence[Rollout]
 ) -> dict[Source, Answers]:
-    """What every teacher says of the rows it is wanted for. Raises RuntimeError when one said nothing of any."""
+    """What every teacher says of the rows it is wanted for. Raises RuntimeError when none of them says anything; but
+    not over a single row, which a route may have led there alone: it may be that answer that cannot be read."""
 
     if not wanted:
         return {}
@@ -148,11 +149,19 @@ def ask_teachers(
             teachers[name].answer([rollouts[r] for r in rows], view) for (name, view), rows in wanted.items()
         )
 
-    told = dict(zip(wanted, asyncio.run(all_of_them()), strict=True))
-    for (name, view), answers in told.items():
-        if answers and all(isinstance(a, str) for a in answers):
-            raise RuntimeError(
-                f"teacher {name!r} gave nothing for any of the {len(answers)} answers of the step under the view "
-                f"{view!r} ({answers[0]}); the last checkpoint is good: go on with --resume once it answers"
-            )
-    return {source: dict(zip(wanted[source], answers, strict=True)) for source, answers in told.items()}
+    lists = zip(wanted.items(), asyncio.run(all_of_them()), strict=True)
+    told: dict[Source, Answers] = {source: dict(zip(rows, said, strict=True)) for (source, rows), said in lists}
+    if sum(map(len, told.values())) > 1:
+        refuse_silence(told)
+    return told
+
+
+def refuse_silence(told: Mapping[Source, Answers]) -> None:
+    """Raises RuntimeError when these teachers were asked, and said nothing of any answer."""
+    said = [answer for answers in told.values() for answer in answers.values()]
+    if said and all(isinstance(answer, str) for answer in said):
+        names = " and ".join(repr(name) for name in dict.fromkeys(name for name, _ in told))
+        raise RuntimeError(
+            f"teacher {names} gave nothing for any of the {len(said)} answers of the step ({said[0]}); the last "
+            "checkpoint is good: go on with --resume once it answers"
+        )
