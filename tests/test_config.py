@@ -1,5 +1,6 @@
 """Recipes: merging, overrides, and what a typing mistake is told."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from xmodal_opd import config, schema
 from xmodal_opd.build import build_term
 from xmodal_opd.cli import main
+from xmodal_opd.objective.weights import WEIGHTS
 
 CORD = str(Path(__file__).parents[1] / "configs" / "cord_audio.yaml")
 
@@ -43,6 +45,15 @@ def test_a_recipe_is_found_by_its_name_alone():
         ("objective.tokens.sampling=tokns", r"did you mean 'tokens'.*rollout.samplings has: tokens, sequences"),
         ("optim.lr=fast", "'optim.lr' is 'fast'"),
         ("judge=null", "uses 'reward', which reads the reward, but the recipe has no judge"),
+        (
+            "objective.tokens.weights=[gate]",
+            "has the weight 'gate' on 'text_reward', what the judge says of the answers of 'text', and it sees those "
+            "of: sequences; it sees a sampling that a term reads",
+        ),
+        (
+            "objective.tokens.weights=[{gate: {score: tokens_reward}}]",
+            "the answers of 'tokens', and it sees those of: sequences",
+        ),
         ("train.steps", "cannot read 'train.steps' as an override"),
         ("engine.name=deepsped", "'engine.name' is 'deepsped'"),
     ],
@@ -50,6 +61,11 @@ def test_a_recipe_is_found_by_its_name_alone():
 def test_mistakes_are_answered_in_one_sentence(override, message):
     with pytest.raises(ValueError, match=message):
         load(override)
+
+
+def test_a_gate_on_what_the_judge_sees_stands():
+    load("objective.tokens.weights=[{gate: {score: sequences_reward}}]", "objective.tokens.scale=2.0")
+    assert signature(WEIGHTS["gate"]).parameters["score"].default == "text_reward", "which config.py repeats"
 
 
 def test_files_that_are_no_recipes(tmp_path):

@@ -186,6 +186,22 @@ def check_references(path: str, recipe: Recipe) -> None:
     if needs and recipe.judge is None:
         piece = next(iter(needs.values()))
         raise ValueError(f"{path}: the objective uses {piece!r}, which reads the reward, but the recipe has no judge")
+    check_gates(path, recipe)
+
+
+def check_gates(path: str, recipe: Recipe) -> None:
+    """What a gate reads of a sampling's answers, the judge must have seen."""
+    seen = judged(recipe)
+    for name, spec in ((n, weight) for n, term in recipe.objective.items() for weight in term.weights):
+        options = (spec if isinstance(spec, dict) else {}).get("gate") or {}
+        score = options.get("score", "text_reward")  # the default of the piece
+        sampling = score.removesuffix("_reward")
+        if piece_name(spec) == "gate" and sampling != score and sampling not in seen:
+            raise ValueError(
+                f"{path}: objective.{name} has the weight 'gate' on {score!r}, what the judge says of the answers of "
+                f"{sampling!r}, and it sees those of: {', '.join(seen) or 'none'}; it sees a sampling that a term "
+                "reads with a piece that asks for its reward, such as the advantage reward"
+            )
 
 
 def check_dual(path: str, recipe: Recipe) -> None:
