@@ -119,6 +119,7 @@ WEIGHT = [  # options, scores, expected on the four real tokens
     # on average by 2 and 1: ±1 standard deviation of the two
     ("media_rollouts", {}, NEED, [2 / (1 + exp(-2))] * 3 + [2 / (1 + exp(2))]),
     ("media_rollouts", {"tau": 2.0}, NEED, [2 / (1 + exp(-1))] * 3 + [2 / (1 + exp(1))]),
+    ("media_rollouts", {"tau": 0.001}, NEED, [2, 2, 2, 0]),  # e¹⁰⁰⁰ to e⁻¹⁰⁰⁰
     ("media_rollouts", {"without": "teacher"}, NEED, [1, 1, 1, 1]),
     ("dual", {}, {"dual": [0.1, 1.5]}, [0.1, 0.1, 0.1, 1.5]),
     ("gate", {"score": "asked"}, {"asked": [nan, 0.6]}, [0, 0, 0, 1]),

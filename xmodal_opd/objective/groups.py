@@ -45,6 +45,13 @@ def group_sum(batch: TokenBatch, values: Tensor, counted: Bool[Tensor, " B"]) ->
     return sums.index_add(0, group[counted], values[counted].double())[group]
 
 
+def group_max(batch: TokenBatch, values: Tensor, counted: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The largest of `values` [B] over the `counted` responses of each response's group, in float64; 0 without any."""
+    group = batch.group.unique(return_inverse=True)[1]
+    most = torch.zeros(len(group), dtype=torch.float64, device=group.device)
+    return most.scatter_reduce(0, group[counted], values[counted].double(), "amax", include_self=False)[group]
+
+
 def group_statistics(batch: TokenBatch, adv: Float[Tensor, "B T"]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, unbiased std (0 for one) and number of the decided responses in each response's group, each [B, 1].
 

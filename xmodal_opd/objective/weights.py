@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_opd.objective.groups import correct, difficulty, group_statistics, group_sum
+from xmodal_opd.objective.groups import correct, difficulty, group_max, group_statistics, group_sum
 from xmodal_opd.objective.order import sides, surplus
 from xmodal_opd.types import TokenBatch
 
@@ -94,8 +94,9 @@ def media_rollouts(
     own = torch.where(batch.mask, need, 0).sum(1) / batch.mask.sum(1).clamp(min=1)
     mean, std, count = (x[:, 0] for x in group_statistics(batch, need))
     spread = std * ((count - 1) / count.clamp(min=1)).clamp(min=0).sqrt()
-    share = ((own - mean) / spread.clamp(min=1e-6) / tau).exp()
-    total = group_sum(batch, share, counted).clamp(min=1e-6)
+    z = (own - mean) / spread.clamp(min=1e-6)
+    share = ((z - group_max(batch, z, counted)) / tau).clamp(max=0).exp()  # 1 for the largest: nothing overflows
+    total = group_sum(batch, share, counted).clamp(min=1)
     return (count * share / total)[:, None].to(batch.student_logp.dtype).expand_as(batch.student_logp)
 
 
