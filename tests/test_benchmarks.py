@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from modalities.rows import AT_ONCE, count, find, rows
 from modalities.vision.benchmarks import LAYOUTS, questions
 from xmodal_opd import lmms, report
 from xmodal_opd.cli import main
+from xmodal_opd.models import folder_of
 from xmodal_opd.scoring.benchmarks import RULES, Verdict, edit_distance, mmmu_said, relaxed, score
 from xmodal_opd.scoring.judge import asker
 from xmodal_opd.serving import Failure
@@ -512,6 +515,25 @@ def test_all_benchmarks_are_answered_and_a_killed_run_goes_on(world, files, tmp_
     assert "holds answers with max_pixels None, and this run has 3136" in capsys.readouterr().err
     samples = sorted((tmp_path / "lmms").glob("*_samples_*.jsonl"))
     assert {path.stem.partition("_samples_")[2] for path in samples} == set(files)
+
+
+def test_weights_trained_anew_at_the_same_place_answer_anew(world, files, tmp_path, caplog):
+    step, output = tmp_path / "step-000001", tmp_path / "answers.jsonl"
+    shutil.copytree(folder_of("default"), step)
+    words = ["--benchmark", f"mmstar={files['mmstar']}", "--output", str(output), "--checkpoint", str(step)]
+
+    def said() -> list[str]:
+        assert run(world, *words) == 0
+        return [json.loads(line)["response"] for line in output.read_text().splitlines()]
+
+    first = said()
+    kept = [json.dumps({**json.loads(line), "response": "kept"}) + "\n" for line in output.read_text().splitlines()]
+    output.write_text("".join(kept))
+    assert said() == ["kept"] * 3
+    (file,) = step.glob("*.safetensors")
+    os.utime(file, ns=(1, 1))
+    assert said() == first and "kept" not in first
+    assert "3 answers are of weights that are no longer there: asked anew" in caplog.text
 
 
 def test_undecided_questions_are_asked_again_and_left_out_of_the_share(world, files, tmp_path, capsys):

@@ -122,7 +122,8 @@ def record(name: str, rollout: Rollout, verdict: Verdict, run: Mapping[str, Any]
 
 
 def kept(output: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The decided records an output holds. A line that a kill tore, and undecided ones, are taken out of the file.
+    """The decided records an output holds. A line that a kill tore, undecided ones, and those of other weights that
+    were at the same place are taken out of the file.
 
     Raises ValueError when they are of another run.
     """
@@ -131,7 +132,8 @@ def kept(output: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
         records = [r for line in lines if (r := json.loads(line))["correct"] is not None]
-        other = next(((name, r[name], value) for r in records for name, value in run.items() if r[name] != value), None)
+        fixed = [(name, value) for name, value in run.items() if name != "weights"]
+        other = next(((name, r[name], value) for r in records for name, value in fixed if r[name] != value), None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{output} is not a file of answers to benchmarks; name another with --output") from None
     if other:
@@ -139,6 +141,11 @@ def kept(output: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"{output} holds answers with {other[0]} {other[1]!r}, and this run has {other[2]!r}; name another file "
             "with --output"
         )
+    here = [r for r in records if r.get("weights") == run.get("weights")]
+    if len(here) < len(records):
+        log.warning(
+            "%s: %d answers are of weights that are no longer there: asked anew", output, len(records) - len(here)
+        )
     if text:
-        evaluate.write(records, output)
-    return records
+        evaluate.write(here, output)
+    return here

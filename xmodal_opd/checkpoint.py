@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,14 @@ def write(model: PreTrainedModel, processor: Any, folder: Path) -> None:
         processor.save_pretrained(folder)
     else:
         export(model, processor, folder)
+
+
+def stamp(folder: Path) -> str | None:
+    """What tells the weights in a folder from those that were there before: names, sizes and times of their files, as
+    a digest. None where there are none, as for a hub's name."""
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    told = [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
+    return sha256(json.dumps(told).encode()).hexdigest()[:16] if told else None
 
 
 def export(

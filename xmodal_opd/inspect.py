@@ -20,6 +20,7 @@ from xmodal_opd.build import (
 )
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
+from xmodal_opd.models import folder_of
 from xmodal_opd.step import train_step
 from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
@@ -100,8 +101,14 @@ def evaluate_benchmarks(
     )
     benchmarks = [open_benchmark(recipe, name, source) for name, source in sources.items()]
     extractor = recipe.eval.extractor.model if recipe.eval.extractor else None
-    run = {"model": folder or recipe.model.name, "view": view, "max_tokens": recipe.rollout.max_tokens}
-    run |= {"extractor": extractor, "min_pixels": recipe.model.min_pixels, "max_pixels": recipe.model.max_pixels}
+    model = folder or recipe.model.name
+    run = {"model": model, "weights": checkpoint.stamp(Path(folder_of(model))), "view": view}
+    run |= {
+        "max_tokens": recipe.rollout.max_tokens,
+        "extractor": extractor,
+        "min_pixels": recipe.model.min_pixels,
+        "max_pixels": recipe.model.max_pixels,
+    }
     benchmark.kept(Path(output), run)
     parts = measured(recipe, folder)
     parts.sampler.sync()
