@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from modalities.records import Draft, read_lines
+from modalities.records import INLINE, Draft, opened, read_lines
 from modalities.shards import write_shards
 from xmodal_opd.types import SampleError
 
@@ -57,6 +57,23 @@ def digest(drafts: Iterable[Draft | str]) -> str:
     return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def contents(sources: Iterable[str], base: Path, kind: str) -> dict[str, str]:
+    """{"media": a name for what the files of these sources hold}: shards are of other settings when one is another
+    picture or recording under the same name. Nothing where no source is a file; what a record holds itself is in its
+    digest."""
+    told = [_content(source, base, kind) for source in sources if not source.startswith(("data:", INLINE))]
+    return {"media": sha256("".join(told).encode()).hexdigest()[:16]} if told else {}
+
+
+def _content(source: str, base: Path, kind: str) -> str:
+    """A digest of a file, or why it cannot be read: that is told when its sample is made."""
+    try:
+        with Path(str(opened(source, base, kind))).open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except (SampleError, OSError) as error:
+        return str(error)
+
+
 def read_drafts(file: str | Path, read: Reader, instruction: str) -> Drafts:
     """A draft for each record of a JSON-lines file."""
     if not Path(file).is_file():
@@ -87,6 +104,16 @@ def record_bytes(draft: Draft, meta: Mapping[str, Any]) -> bytes:
     views = {"student": draft.student, "teacher": draft.teacher}
     record = {"views": views, "answer": draft.answer, "meta": {"source": draft.where, **draft.meta, **meta}}
     return json.dumps(record, ensure_ascii=False).encode()
+
+
+def bounded(options: Any, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ValueError for an effect that is out of its bounds, or neither a value nor lowest and highest."""
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        ends = () if value is None else (value,) if isinstance(value, (int, float)) else tuple(value)
+        fits = all(least <= end <= most for end in ends) and list(ends) == sorted(ends)
+        if not fits or (ends != (value,) and len(ends) not in (0, 2)):
+            raise ValueError(f"{name} is {value}; it is a number from {least} to {most}, or lowest and highest")
 
 
 def within(value: float | Sequence[float], rng: random.Random) -> float:

@@ -191,6 +191,9 @@ def test_tars_of_unknown_origin_are_not_overwritten(tmp_path):
         ({"families": ["maths"]}, "no task 'maths'; have: arithmetic, ordering, choice"),
         ({"split": "valid"}, "no voices for split 'valid'"),
         ({"kind": "video"}, "kind is tasks, or text or audio with a file"),
+        ({"noise_snr": [5]}, r"noise_snr is \[5\]; it is a number from -100 to 100, or lowest and highest"),
+        ({"speed": 0}, "speed is 0; it is a number from 0.1 to 10"),
+        ({"reverb": (1, 0)}, r"reverb is \(1, 0\)"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, wrong, message):
@@ -312,6 +315,14 @@ def test_a_recording_may_be_in_the_record_itself(recordings):
     data = base64.b64encode((recordings / "a.wav").read_bytes()).decode()
     (sample,) = prepared(recordings, "audio", {"audio": {"bytes": data, "path": None}, "text": "x"})
     assert len(read(sample["media"]["question.flac"])[0]) == 8000
+
+
+def test_another_recording_under_the_same_name_is_another_setting(recordings):
+    record = {"audio": "a.wav", **SAID}
+    prepared(recordings, "audio", record)
+    (recordings / "a.wav").write_bytes((recordings / "b.flac").read_bytes())
+    with pytest.raises(ValueError, match=r"holds shards of other settings \(media: "):
+        prepared(recordings, "audio", record)
 
 
 def test_several_recordings_keep_their_places(recordings):

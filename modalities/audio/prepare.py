@@ -23,12 +23,13 @@ from modalities.audio.speech import (
     speak,
     voices,
 )
-from modalities.prepare import Drafts, Range, known, read_drafts, record_bytes, within, write_drafts
+from modalities.prepare import Drafts, Range, bounded, contents, known, read_drafts, record_bytes, within, write_drafts
 from modalities.records import opened
 from modalities.tasks import FAMILIES, questions
 from xmodal_opd.types import SampleError
 
 READERS = {"text": text_draft, "audio": audio_draft}
+LIMITS = {"speed": (0.1, 10), "reverb": (0, 60), "noise_snr": (-100, 100)}
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,17 @@ def prepare(
     """
     options = Sound(**sound)
     voices(options.split, options.accents)
+    bounded(options, LIMITS)
     drafts = _tasks(options, count, families, instruction) if kind == "tasks" else _lines(kind, file, instruction)
+    base = Path(file).parent if file else Path()
+    files = [source for draft in drafts if isinstance(draft, Spoken) for source in draft.audio]
     spoken = kind != "audio" and not options.command
     return write_drafts(
         folder,
         kind,
         drafts,
-        partial(render, options, Path(file).parent if file else Path()),
-        asdict(options),
+        partial(render, options, base),
+        asdict(options) | contents(files, base, "audio"),
         ready=installed if spoken else tuple,
         per_shard=per_shard,
         workers=workers,

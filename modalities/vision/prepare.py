@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from modalities.prepare import Drafts, Range, known, read_drafts, record_bytes, within, write_drafts
+from modalities.prepare import Drafts, Range, bounded, contents, known, read_drafts, record_bytes, within, write_drafts
 from modalities.records import Message, media_parts, read_source
 from modalities.vision import video
 from modalities.vision.draw import FONTS, Look, draw, handwriting, random_look, worn
@@ -56,13 +56,15 @@ def prepare(
     options = Sight(**sight)
     check(options)
     drafts = _scenes(options, count, families, instruction) if kind == "scenes" else _lines(kind, file, instruction)
+    base = Path(file).parent if file else Path()
+    files = [source for draft in drafts if isinstance(draft, Drawn) for source in draft.files.values()]
     handwritten = kind == "scenes" and "digits" in families
     return write_drafts(
         folder,
         kind,
         drafts,
-        partial(render, options, Path(file).parent if file else Path()),
-        asdict(options),
+        partial(render, options, base),
+        asdict(options) | contents(files, base, "image"),
         ready=partial(handwriting, options.split) if handwritten else tuple,
         per_shard=per_shard,
         workers=workers,
@@ -74,12 +76,7 @@ def check(options: Sight) -> None:
     """Raises ValueError for a split that there is not, and for a number out of its bounds."""
     if options.split not in FONTS:
         raise ValueError(f"there are no fonts for split {options.split!r}; have: {', '.join(FONTS)}")
-    for name, (least, most) in LIMITS.items():
-        value = getattr(options, name)
-        ends = () if value is None else (value,) if isinstance(value, (int, float)) else tuple(value)
-        fits = all(least <= end <= most for end in ends) and list(ends) == sorted(ends)
-        if not fits or (ends != (value,) and len(ends) not in (0, 2)):
-            raise ValueError(f"{name} is {value}; it is a number from {least} to {most}, or lowest and highest")
+    bounded(options, LIMITS)
 
 
 # ---- what to ask
