@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from modalities.tasks import CATEGORIES, ONES, held_out
-from modalities.vision.draw import FONTS, Look, draw, font, handwriting, random_look
+from modalities.vision.draw import FONTS, PICTURES, SIZES, Look, draw, font, handwriting, random_look
 from modalities.vision.media import decode
 from modalities.vision.prepare import prepare
 from modalities.vision.tasks import POLYGONS, SCENES, Scene, scenes
@@ -123,6 +123,17 @@ def test_pictures_are_small_pure_and_show_ink(family):
         assert image.tobytes() == draw(scene, look).tobytes()
         distance = np.abs(np.asarray(image, float) - look.paper).max(-1)
         assert 0.005 < (distance > 90).mean() < 0.5
+
+
+def test_a_lines_marks_are_whole_above_the_boxes_of_its_values():
+    picture = {"kind": "line", "values": [12, 20, 4], "labels": ["a", "b", "c"]}
+    image = np.asarray(PICTURES["line"](picture, Look(ink=(0, 0, 0), paper=(255, 255, 255)), SIZES["line"]), float)
+    high, wide = image.shape[:2]
+    for place, value in enumerate(picture["values"]):  # as the axes lie in the picture
+        x = wide * (0.03 + 0.94 * (place + 0.6) / 3.2)
+        y = high * (0.04 + 0.76 * (1 - value / 26))
+        mark = image[round(y) - 1 : round(y) + 1, round(x) - 1 : round(x) + 1]
+        assert mark.max() < 90, f"the mark of {value} is covered"
 
 
 def test_fonts_and_handwriting_of_the_two_splits_are_disjoint():
@@ -324,6 +335,15 @@ def test_wear_changes_the_image_alone_and_makes_it_a_png(pictures):
     (image,) = sample["views"]["student"][0]["content"]
     worn = decode(sample["media"][image["image"]])
     assert image["image"] == "question.png" and worn.size == (32, 64) and np.asarray(worn).std(0).max() > 10
+
+
+def test_another_image_under_the_same_name_is_another_setting(pictures):
+    record = {"image": "a.png", "prompt": "What?", **CAPTION}
+    prepared(pictures, record)
+    prepared(pictures, record)
+    Image.new("RGB", (64, 32), "green").save(pictures / "a.png")
+    with pytest.raises(ValueError, match=r"holds shards of other settings \(media: '\w+', now '\w+'\)"):
+        prepared(pictures, record)
 
 
 def test_grain_lies_on_images_of_any_size(pictures):

@@ -166,7 +166,8 @@ def _chart(picture: Picture, look: Look, size: Size) -> Image.Image:
     if picture["kind"] == "bars":
         axes.bar(places, values, width=0.6, color=ink, alpha=0.6)
     else:
-        axes.plot(places, values, color=ink, marker="o", markersize=3, linewidth=1.2)
+        axes.plot(places, values, color=ink, linewidth=1.2)
+        axes.plot(places, values, "o", color=ink, markersize=3, zorder=4)  # on top of the values' boxes
     for place, value in zip(places, values, strict=True):
         above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "color": ink, "font": words}
         axes.annotate(str(value), (place, value), bbox={"facecolor": paper, "edgecolor": "none", "pad": 0.2}, **above)
