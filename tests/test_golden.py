@@ -345,7 +345,8 @@ REDUCTION = [  # lengths 3 and 1, and a response without tokens that does not co
 @pytest.mark.parametrize("name, options, expected", REDUCTION)
 def test_reduction_of_three_tokens_and_one(name, options, expected):
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
-    assert REDUCTIONS[name](mask, **options)[:2, 0].tolist() == pytest.approx(expected)
+    batch = TokenBatch(mask, torch.zeros(3).long(), torch.zeros(3, 3))
+    assert REDUCTIONS[name](batch, **options)[:2, 0].tolist() == pytest.approx(expected)
 
 
 SCHEDULE = [

@@ -502,7 +502,7 @@ def test_gspo_token_form_has_the_gradient_of_its_sequence_form(advantage, batch)
     log_ratio = (0.3 * random(B, T, seed=4)).requires_grad_()
     adv, mask = torch.full((B, T), advantage, dtype=torch.float64), batch.mask
     tokens = SURROGATES["gspo"](log_ratio, adv, mask, low=0.1, high=0.1)
-    (got,) = torch.autograd.grad((REDUCTIONS["sequence_token_mean"](mask) * tokens)[mask].sum(), log_ratio)
+    (got,) = torch.autograd.grad((REDUCTIONS["sequence_token_mean"](batch) * tokens)[mask].sum(), log_ratio)
     s = ((log_ratio * mask).sum(1) / mask.sum(1)).exp()
     sequence = -torch.minimum(s * advantage, s.clamp(0.9, 1.1) * advantage).mean()
     torch.testing.assert_close(got, torch.autograd.grad(sequence, log_ratio)[0])
@@ -510,19 +510,20 @@ def test_gspo_token_form_has_the_gradient_of_its_sequence_form(advantage, batch)
 
 
 def test_reductions_agree_on_equal_lengths():
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    token, per_response = REDUCTIONS["token"](mask), REDUCTIONS["sequence_token_mean"](mask)
+    batch = TokenBatch(torch.ones(3, 5, dtype=torch.bool), torch.zeros(3).long(), torch.zeros(3, 5))
+    token, per_response = REDUCTIONS["token"](batch), REDUCTIONS["sequence_token_mean"](batch)
     torch.testing.assert_close(token, per_response)
-    torch.testing.assert_close(token, REDUCTIONS["sequence"](mask) / 5)
-    torch.testing.assert_close(token, REDUCTIONS["constant"](mask, length=5))
+    torch.testing.assert_close(token, REDUCTIONS["sequence"](batch) / 5)
+    torch.testing.assert_close(token, REDUCTIONS["constant"](batch, length=5))
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reduction_ignores_padding_and_responses_without_tokens(name, batch):
     options = {"length": 7} if name == "constant" else {}
     mask = torch.nn.functional.pad(batch.mask, (0, 3, 0, 2))
-    torch.testing.assert_close(REDUCTIONS[name](mask, **options)[:B], REDUCTIONS[name](batch.mask, **options))
-    assert torch.isfinite(REDUCTIONS[name](torch.zeros_like(mask), **options)).all()
+    padded = TokenBatch(mask, torch.zeros(len(mask)).long(), torch.zeros(mask.shape))
+    torch.testing.assert_close(REDUCTIONS[name](padded, **options)[:B], REDUCTIONS[name](batch, **options))
+    assert torch.isfinite(REDUCTIONS[name](replace(padded, mask=torch.zeros_like(mask)), **options)).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -7,7 +7,7 @@ are the engine's affair.
 import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -89,18 +89,32 @@ def say(text: str) -> None:
 
 
 def gather_step(batch: TokenBatch) -> tuple[TokenBatch, slice]:
-    """The rows of all ranks as one step with groups kept apart, on this rank's device; and where its own rows are."""
+    """The rows of all ranks as one step with groups and episodes kept apart, on this rank's device; and where its own
+    rows are."""
     if world() == 1:
         return batch, slice(0, len(batch.group))
     parts = gather(to(batch, torch.device("cpu")))
     width = max(part.mask.shape[1] for part in parts)
-    apart = 1 + max(int(part.group.max()) for part in parts if len(part.group))
-    moved = [replace(widened(part, width), group=part.group + r * apart) for r, part in enumerate(parts)]
+    moved = apart([widened(part, width) for part in parts])
     scores = Scores({name: torch.cat([part.scores[name] for part in moved]) for name in moved[0].scores})
     mask, group, logp = (torch.cat([getattr(part, n) for part in moved]) for n in ("mask", "group", "student_logp"))
     first = sum(len(part.group) for part in parts[: rank()])
     whole = TokenBatch(mask, group, logp, scores)
     return to(whole, batch.mask.device), slice(first, first + len(batch.group))
+
+
+def apart(parts: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """The parts of a step with numbers of groups and of episodes that no other part has."""
+
+    def beyond(numbers: Iterable[Tensor]) -> int:
+        return 1 + max((int(some.max()) for some in numbers if len(some)), default=0)
+
+    group, moved = beyond(part.group for part in parts), []
+    episode = beyond(part.scores["episode"] for part in parts if "episode" in part.scores)
+    for r, part in enumerate(parts):
+        scores = Scores({n: v + r * episode if n == "episode" else v for n, v in part.scores.items()})
+        moved.append(replace(part, group=part.group + r * group, scores=scores))
+    return moved
 
 
 def widened(batch: TokenBatch, width: int) -> TokenBatch:

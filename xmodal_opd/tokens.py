@@ -24,12 +24,15 @@ def response_tokens(rollouts: Sequence[Rollout]) -> Tensor:
 
 
 def token_batch(rollouts: Sequence[Rollout], scores: Scores | None = None) -> TokenBatch:
-    """The step as numbers, in the order of `rollouts`."""
+    """The step as numbers, in the order of `rollouts`; of a robot's decisions with the score `episode` [B]."""
+    scores = scores if scores is not None else Scores()
+    if any(r.episode is not None for r in rollouts):
+        scores |= {"episode": torch.tensor([r.episode for r in rollouts])}
     return TokenBatch(
         mask=pad([[1.0] * len(r.tokens) for r in rollouts]).bool(),
         group=torch.tensor([r.group for r in rollouts], dtype=torch.long),
         student_logp=pad([r.logps for r in rollouts]),
-        scores=scores if scores is not None else Scores(),
+        scores=scores,
     )
 
 

@@ -89,7 +89,7 @@ class Term:
         for shape in self.advantages:
             advantage = shape(batch, advantage)
         mask = batch.mask & ~(advantage.isnan() & unjudged(batch)[:, None])
-        weight = as_number(self.scale) * self.reduction(mask) * torch.ones_like(batch.student_logp)
+        weight = as_number(self.scale) * self.reduction(replace(batch, mask=mask)) * torch.ones_like(batch.student_logp)
         for w in self.step_weights:
             weight = weight * w(replace(batch, mask=mask))
         return Judged(torch.where(mask, weight, 0), torch.where(mask, advantage, 0))

@@ -6,7 +6,8 @@ response. It is never a zero reward. Pieces that only ask who is right (`margin_
 response the advantage it has.
 
 Group statistics are over responses, not tokens: each counts once however long it is, with the mean of its tokens'
-advantages as its value. A response without tokens does not count.
+advantages as its value. A response without tokens does not count. A robot's response is its episode, see `groups.py`;
+`discount` looks no further than a decision.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodal_opd.objective.groups import correct, counts, group_statistics, group_sum
+from xmodal_opd.objective.groups import correct, counts, group_statistics, group_sum, leaders, summed, tokens
 from xmodal_opd.objective.order import Direction, Mode, left_out, margin, sides
 from xmodal_opd.types import TokenBatch
 
@@ -79,7 +80,8 @@ def margin_shift(
     who = sides(batch, adv)
     shift = (delta - margin(who, mode)).clamp(min=0).nan_to_num(0)
     up, down = {"spread": (0.5, 0.5), "lift": (1.0, 0.0), "down": (0.0, 1.0)}[direction]
-    return adv + (shift * (up * who.right.double() - down * who.wrong.double()))[:, None].to(adv.dtype)
+    shift = shift * (up * who.right.double() - down * who.wrong.double())
+    return adv + shift[leaders(batch), None].to(adv.dtype)
 
 
 def margin_mask(
@@ -88,7 +90,7 @@ def margin_mask(
     """0 on the answers of mixed groups that greedily go, the lowest right or the highest wrong one, until the margin is
     δ or a share ρ of either side is left; they still count as answers. Uni-OPD, arXiv:2605.03677, instead of a shift.
     """
-    gone = left_out(sides(batch, adv), mode, delta, rho)
+    gone = left_out(sides(batch, adv), mode, delta, rho)[leaders(batch)]
     return torch.where(gone[:, None], 0, adv)
 
 
@@ -100,8 +102,8 @@ def teacher_confidence(
     The reward A of OPOD, arXiv:2607.20918, over all tokens of the response, where the paper has those of its answer
     (reconstruction). Reads scores["reward"] [B] and scores["<scorer>_logp"] [B, T]; before the group's statistics.
     """
-    tokens = batch.mask.sum(1).clamp(min=1)
-    mean = torch.where(batch.mask, batch.scores[f"{scorer}_logp"], 0).sum(1) / tokens
+    total = summed(batch, torch.where(batch.mask, batch.scores[f"{scorer}_logp"], 0).sum(1))
+    mean = total / tokens(batch).clamp(min=1)
     return adv + (scale * mean.clamp(-limit, 0) * correct(batch))[:, None].to(adv.dtype)
 
 
@@ -129,7 +131,7 @@ def stcr(
     in the paper's code, also those that the format lifts above the mean; of="negative": only where A < 0.
     Reads scores["reward"].
     """
-    right, length = correct(batch) & counts(batch), batch.mask.sum(1)
+    right, length = correct(batch) & counts(batch), tokens(batch)
     number = group_sum(batch, right, right)
     excess = length - group_sum(batch, length, right) / (number + 1e-9)
     longer = (counts(batch) & ~right & (number > 0) & (excess > 0))[:, None]

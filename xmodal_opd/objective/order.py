@@ -2,7 +2,7 @@
 
 Uni-OPD, arXiv:2605.03677. The return G of an answer is the mean of its tokens' advantages. An answer is right when it
 is `correct`; one the judge could not decide, without tokens, or whose return is NaN is neither right nor wrong. A group
-is mixed when it has both.
+is mixed when it has both. An episode is one answer, and stands at its first row.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_opd.objective.groups import correct, counts, group_sum
+from xmodal_opd.objective.groups import correct, counts, group_sum, means, once
 from xmodal_opd.types import TokenBatch
 
 Mode = Literal["mean", "min_max"]
@@ -49,8 +49,8 @@ def sides(batch: TokenBatch, adv: Float[Tensor, "B T"] | None = None) -> Sides:
     """Who is right and who is wrong; G is of `adv`, or 0. Reads scores["reward"] [B]."""
     right = correct(batch)
     adv = torch.zeros_like(batch.student_logp) if adv is None else adv
-    value = torch.where(batch.mask, adv, 0).double().sum(1) / batch.mask.sum(1).clamp(min=1)
-    decided = counts(batch) & ~value.isnan()
+    value = means(batch, adv)
+    decided = counts(batch) & once(batch) & ~value.isnan()
     return Sides(batch, decided & right, decided & ~right, value)
 
 

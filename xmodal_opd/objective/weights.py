@@ -13,7 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_opd.objective.groups import correct, difficulty, group_max, group_statistics, group_sum
+from xmodal_opd.objective.groups import (
+    correct,
+    difficulty,
+    group_max,
+    group_statistics,
+    group_sum,
+    leaders,
+    means,
+    tokens,
+)
 from xmodal_opd.objective.order import sides, surplus
 from xmodal_opd.types import TokenBatch
 
@@ -77,7 +86,7 @@ def balance(batch: TokenBatch, *, ratio: float = 1.0) -> Weights:
     """
     if not ratio >= 0:
         raise ValueError(f"balance: ratio is {ratio}; give right answers for one wrong one: a number from 0, or .inf")
-    left = surplus(sides(batch), batch.scores["draw"], ratio)
+    left = surplus(sides(batch), batch.scores["draw"], ratio)[leaders(batch)]
     return torch.where(left[:, None], 0, torch.ones_like(batch.student_logp))
 
 
@@ -90,8 +99,7 @@ def media_rollouts(
     Reads what `media_tokens` reads. Where answers need the media alike, all weigh 1.
     """
     need = media_need(batch, scorer, without).double()
-    counted = batch.mask.any(1)
-    own = torch.where(batch.mask, need, 0).sum(1) / batch.mask.sum(1).clamp(min=1)
+    counted, own = tokens(batch) > 0, means(batch, need)
     mean, std, count = (x[:, 0] for x in group_statistics(batch, need))
     spread = std * ((count - 1) / count.clamp(min=1)).clamp(min=0).sqrt()
     z = (own - mean) / spread.clamp(min=1e-6)

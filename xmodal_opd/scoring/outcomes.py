@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from xmodal_opd.objective import Term, name_of_piece
-from xmodal_opd.objective.groups import correct, counts, difficulty, group_sum
+from xmodal_opd.objective.groups import correct, counts, difficulty, group_sum, once
+from xmodal_opd.objective.groups import tokens as tokens_of
 from xmodal_opd.types import TokenBatch
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -15,7 +16,7 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 def outcomes(batch: TokenBatch) -> dict[str, float]:
     """Of the decided answers [B]: mean tokens of the right and of the wrong; of their groups: mean difficulty d, and
     the shares with d = 0, in each quarter up to 1, and d = 1, which add up to 1. Empty where nothing was decided."""
-    counted, right, tokens = counts(batch), correct(batch), batch.mask.sum(1).double()
+    counted, right, tokens = counts(batch) & once(batch), correct(batch), tokens_of(batch).double()
     if not counted.any():
         return {}
     lengths = {"right": tokens[counted & right], "wrong": tokens[counted & ~right]}
@@ -37,8 +38,8 @@ def shaping(term: Term, batch: TokenBatch) -> dict[str, float]:
     out: dict[str, float] = {}
     for piece in (*term.advantages, *term.step_weights):
         name = name_of_piece(piece)
-        if name in factors and counts(batch).any():
-            out[name] = factors[name](piece, batch)[counts(batch), 0].double().mean().item()
+        if name in factors and (counted := counts(batch) & once(batch)).any():
+            out[name] = factors[name](piece, batch)[counted, 0].double().mean().item()
     return out
 
 
