@@ -90,6 +90,8 @@ def test_statistics_are_found_in_a_checkpoint_or_a_file(tmp_path):
     file = written(tmp_path / "b", "mine.json", STATISTICS) / "mine.json"
     found = [load_normalizer(where, "libero_spatial_no_noops") for where in (config, config / "config.json", file)]
     assert found[0] == found[1] == found[2] and found[0].low == (-0.5, 0.0, 0.0)
+    alone = written(tmp_path / "c", "dataset_statistics.json", {"mine": STATISTICS["libero_spatial_no_noops"]})
+    assert load_normalizer(alone, None) == found[0], "where there is one, nobody needs to name it"
     whole = load_normalizer(file, "bridge_orig", "bounds")
     assert whole.mask == (True,), "without a mask every number is normalised"
 
@@ -98,6 +100,8 @@ def test_statistics_that_are_not_there_are_told(tmp_path):
     folder = written(tmp_path / "a", "dataset_statistics.json", STATISTICS)
     with pytest.raises(ValueError, match=r"no action statistics 'libero_goal'; there are: bridge_orig, libero_s"):
         load_normalizer(folder, "libero_goal")
+    with pytest.raises(ValueError, match=r"no action statistics None; there are: bridge_orig, libero_s"):
+        load_normalizer(folder, None)
     with pytest.raises(ValueError, match=r"'bridge_orig' of .* have no q01 and q99; there are: max, min"):
         load_normalizer(folder, "bridge_orig")
     with pytest.raises(ValueError, match=r"has no action statistics; give a JSON file"):
@@ -108,7 +112,7 @@ def test_statistics_that_are_not_there_are_told(tmp_path):
 
 
 def test_libero_opens_its_gripper_with_minus_one():
-    tokens = replace(PLAIN, gripper=GRIPPERS["libero"])
+    tokens = replace(PLAIN, gripper=GRIPPERS["openvla"])
     actions = tokens.actions(tokens.ids(np.array([[0.5, -0.5, -1.0], [0.5, -0.5, 1.0]])))
     assert actions[:, 2].tolist() == [-1, 1], "open is −1 and stays so"
     data = replace(PLAIN, gripper=GRIPPERS["keep"])
@@ -191,6 +195,8 @@ def test_the_state_may_be_in_the_students_prompt_and_the_teachers_view_left_out(
     adapter = adapter_of(processor, proprio=True, privileged=False)
     pair = adapter.observed("k", observation(text=""), {})
     assert "0.500 -1.000\nIn: What action" in pair.views["student"]["prompt"] and set(pair.views) == {"student"}
+    plain = adapter_of(processor, image_size=None).observed("k", observation(), {})
+    assert (np.asarray(plain.views["student"]["images"][0]) == observation()["images"]["front"]).all()
     blind = adapter_of(processor, cameras=[], proprio=True).observed("k", observation(images={}), {})
     assert not blind.views["student"]["images"]
 

@@ -48,6 +48,7 @@ DIVERGENCE = [
     ("skew_reverse_kl", {"alpha": 0.0}, kl(P, Q)),
     ("total_variation", {}, (0.3 + 0.05 + 0.05 + 0.3) / 2),
     ("hellinger", {}, 1 - sum(sqrt(p * q) for p, q in zip(P, Q, strict=True))),
+    ("hard_ce", {}, -log(0.1)),
     ("topk_forward_kl", {"k": 2}, kl(Q_TEACHER, P_TEACHER)),
     ("topk_forward_kl", {"k": 2, "by": "student"}, kl(Q_STUDENT, P_STUDENT)),
     ("topk_forward_kl", {"k": 2, "rest": "drop"}, kl((0.4, 0.3), (0.1, 0.25))),

@@ -215,8 +215,9 @@ def measured(
     values: dict[str, Tensor] = {}
     if scorer.divergence:
         own = (parts.student, parts.responses.hidden(parts.student, rollouts, "student"))
-        values["divergence"] = divergence(reverse_kl, own, (model, hidden), mask, parts.vocab)
-    return values | dict(zip(("logp", "entropy"), statistics(model, hidden, rollouts, mask), strict=True))
+        values["divergence"] = divergence(reverse_kl, own, (model, hidden), mask, parts.responses.among or parts.vocab)
+    told = statistics(model, hidden, rollouts, mask, parts.responses.among)
+    return values | dict(zip(("logp", "entropy"), told, strict=True))
 
 
 def describe(

@@ -49,8 +49,8 @@ def check_sampler(model: PreTrainedModel, responses: Responses, rollouts: Sequen
     limit = 100 * LIMITS[model.dtype]
     batch = token_batch(rollouts)
     mask = batch.mask.to(model.device)
-    hidden = Responses(responses.adapter, share=False).hidden(model, rollouts, "student")
-    logp, _ = statistics(model, hidden, rollouts, mask)
+    hidden = replace(responses, share=False, together=False).hidden(model, rollouts, "student")
+    logp, _ = statistics(model, hidden, rollouts, mask, responses.among)
     gap = float(((logp - batch.student_logp.to(model.device)) * mask).abs().max())
     if not gap <= limit:  # a NaN disagrees, too
         raise RuntimeError(
@@ -68,13 +68,13 @@ def check_sharing(model: PreTrainedModel, responses: Responses, rollouts: Sequen
     if model.is_gradient_checkpointing:
         raise CannotShare("activation checkpointing runs a layer again without the cache that holds a shared prompt")
     mask = token_batch(rollouts).mask.to(model.device)
-    plain, slope = probe(model, Responses(responses.adapter, share=False), rollouts, mask)
+    plain, slope = probe(model, replace(responses, share=False, together=False), rollouts, mask)
     try:
-        ours, shared_slope = probe(model, Responses(responses.adapter, share=True), rollouts, mask)
+        ours, shared_slope = probe(model, replace(responses, share=True, together=False), rollouts, mask)
     except Exception as error:  # whatever a family's cache does, training can go on without it
         raise CannotShare(f"{type(model).__name__} fails behind a shared prompt: {error}") from error
     with torch.no_grad():
-        kl = float(divergence(reverse_kl, (model, ours), (model, plain), mask, None).abs().max())
+        kl = float(divergence(reverse_kl, (model, ours), (model, plain), mask, responses.among).abs().max())
     apart = float((shared_slope - slope).norm() / slope.norm().clamp(min=1e-12))
     if not (kl <= LIMITS[model.dtype] and apart <= APART[model.dtype]):  # a NaN disagrees, too
         raise CannotShare(f"KL {kl:.2g} and {apart:.1%} of the gradient lie between a shared and a repeated prompt")
@@ -88,6 +88,6 @@ def probe(
     hidden = responses.hidden(model, rollouts, "student", grad=True)
     moving = [p for p in model.parameters() if p.requires_grad]
     some = moving[:: max(1, len(moving) // PROBED)]
-    total = token_logp(model, hidden, rollouts, mask).sum()
+    total = token_logp(model, hidden, rollouts, mask, responses.among).sum()
     slopes = torch.autograd.grad(total, some, allow_unused=True, materialize_grads=True)
     return hidden.detach(), torch.cat([s.flatten().float() for s in slopes])

@@ -182,7 +182,8 @@ def values(
     """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
     student = (STUDENT, parts.recipe.objective[name].view, None)
     if term.divergence is None:
-        return token_logp(parts.student, states(hidden, student, rows), [step.rollouts[r] for r in rows], mask)
+        some = [step.rollouts[r] for r in rows]
+        return token_logp(parts.student, states(hidden, student, rows), some, mask, parts.responses.among)
     place, told = {row: i for i, row in enumerate(rows)}, dict[int, Tensor]()
     for teacher, some in taught(parts, name, term, step, rows).items():
         if some:
@@ -210,13 +211,14 @@ def compared(
 ) -> Tensor:
     """The divergence [b, T] of a distillation term on the rows of one teacher."""
     rollouts, stop = [step.rollouts[r] for r in rows], parts.recipe.objective[name].teacher.stop_gradient
+    among = parts.responses.among
     assert term.divergence is not None
     if (served := teacher[:2]) in step.told:
         said = [signal for row in rows if not isinstance(signal := step.told[served][row], str)]  # all: see `heard`
-        return divergence_from(term.divergence, term.sampled, own, said, rollouts, mask, parts.vocab)
+        return divergence_from(term.divergence, term.sampled, own, said, rollouts, mask, among or parts.vocab)
     other = parts.models[teacher[0]], states(hidden, teacher, rows)
     if not term.sampled:
-        return (divergence if stop else divergence_of_both)(term.divergence, own, other, mask, parts.vocab)
+        return (divergence if stop else divergence_of_both)(term.divergence, own, other, mask, among or parts.vocab)
     with torch.set_grad_enabled(not stop):
-        logq = token_logp(*other, rollouts, mask)
-    return term.divergence(token_logp(*own, rollouts, mask), logq)
+        logq = token_logp(*other, rollouts, mask, among)
+    return term.divergence(token_logp(*own, rollouts, mask, among), logq)

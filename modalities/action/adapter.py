@@ -24,16 +24,16 @@ class ActionAdapter(ChatAdapter):
         *,
         tokens: ActionTokens,
         cameras: Sequence[str],
-        image_size: int,
+        image_size: int | None = None,
         crop: bool = False,
         proprio: bool = False,
         privileged: bool = True,
         **chat: Any,
     ):
         """cameras: which images of an observation are seen, in this order. image_size: pixels of both sides of what the
-        processor gets. crop: only the middle 0.9 of its area, as OpenVLA sees after training on random crops. proprio:
-        the numbers of the state before the question. privileged: whether the teacher's view is made. chat: what
-        ChatAdapter takes.
+        processor gets; None leaves them as they are. crop: only the middle 0.9 of its area, as OpenVLA sees after
+        training on random crops. proprio: the numbers of the state before the question. privileged: whether the
+        teacher's view is made. chat: what ChatAdapter takes.
         """
         super().__init__(processor, max_tokens, "image" if cameras else "text", **chat)
         self.tokens, self.cameras, self.image_size, self.crop = tokens, tuple(cameras), image_size, crop
@@ -65,9 +65,10 @@ class ActionAdapter(ChatAdapter):
             have = ", ".join(sorted(images)) or "none"
             raise ValueError(f"the robot has no camera {camera!r}; there are: {have}")
         try:
-            whole = sight.scaled(sight.from_array(images[camera]), self.image_size)
+            whole = sight.from_array(images[camera])
         except SampleError as error:
             raise SampleError(f"decision {key!r}, camera {camera!r}: {error}") from None
+        whole = whole if self.image_size is None else sight.scaled(whole, self.image_size)
         return sight.middle(whole, 0.9) if self.crop else whole
 
     def actions(self, tokens: Sequence[int]) -> np.ndarray:

@@ -60,16 +60,17 @@ class Normalizer:
         return np.where(self.mask, np.where(low == high, 0, scaled), actions)
 
 
-def load_normalizer(source: str | Path, key: str, kind: Kind = "quantiles") -> Normalizer:
+def load_normalizer(source: str | Path, key: str | None, kind: Kind = "quantiles") -> Normalizer:
     """The statistics `key` of a checkpoint's folder or a JSON file: {key: {"action": {"q01": […], …, "mask": […]}}}, in
-    a config.json under "norm_stats". The suffix "_no_noops" is tried as well.
+    a config.json under "norm_stats". The suffix "_no_noops" is tried as well; where there is one key, None means it.
 
     Raises ValueError when there are none of that key or kind, naming those that exist.
     """
     every = statistics(Path(source))
-    name = next((name for name in (key, f"{key}_no_noops") if name in every), None)
+    wanted = [*every] if key is None and len(every) == 1 else [key, f"{key}_no_noops"]
+    name = next((name for name in wanted if name in every), None)
     if name is None:
-        have = ", ".join(sorted(every)) or "none"
+        have = ", ".join(sorted(every))
         raise ValueError(f"{source} has no action statistics {key!r}; there are: {have}")
     found = every[name].get("action", {})
     low, high = KINDS[kind]
@@ -118,7 +119,7 @@ class Gripper:
 
 GRIPPERS = {
     "keep": Gripper(),
-    "libero": Gripper(-2, 1, True),  # data: 1 open, 0 closed; simulator: −1 open, 1 closed. −sign(2x − 1), as OFT does
+    "openvla": Gripper(-2, 1, True),  # data: 1 open, 0 closed; simulator: −1 open, 1 closed. −sign(2x − 1), as OFT does
 }
 
 

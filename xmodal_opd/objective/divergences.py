@@ -1,9 +1,9 @@
 """How far the student p is from the teacher q at one token.
 
 `DIVERGENCES` compare whole distributions: log-probabilities over the last axis in, one value per token out, at least
-zero, and zero at p = q. `SAMPLED` estimate from the sampled token alone: its log p and log q in, one value out.
-Masking, weighting, temperature, chunks and averages happen elsewhere, once. Gradients are in the student's logits.
-`gaussian_reverse_kl` is for policies without a vocabulary, whose actions are continuous: no recipe names it.
+zero, and zero at p = q, but for `hard_ce`. `SAMPLED` estimate from the sampled token alone: its log p and log q in, one
+value out. Masking, weighting, temperature, chunks and averages happen elsewhere, once. Gradients are in the student's
+logits. `gaussian_reverse_kl` is for policies without a vocabulary, whose actions are continuous: no recipe names it.
 """
 
 import math
@@ -63,6 +63,15 @@ def total_variation(p: LogProbs, q: LogProbs) -> PerToken:
 def hellinger(p: LogProbs, q: LogProbs) -> PerToken:
     """½ Σ (√p − √q)² = 1 − Σ √(pq), the squared Hellinger distance; bounded where a KL is not."""
     return ((p / 2).exp() - (q / 2).exp()).square().sum(-1) / 2
+
+
+def hard_ce(p: LogProbs, q: LogProbs) -> PerToken:
+    """−log p(argmax q), the cross-entropy with the teacher's choice: DAgger, and Hard-CE in VLA-OPD, arXiv:2603.26666.
+
+    No divergence: it is the forward KL from all mass on that choice, whose entropy is 0, so nothing could be subtracted
+    that is not 0 already. At p = q it is −log max q, with a gradient that goes on towards certainty.
+    """
+    return -p.gather(-1, q.argmax(-1, keepdim=True))[..., 0]
 
 
 def topk_forward_kl(p: LogProbs, q: LogProbs, *, k: int = 20, by: str = "teacher", rest: str = "bucket") -> PerToken:
@@ -162,6 +171,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
         skew_reverse_kl,
         total_variation,
         hellinger,
+        hard_ce,
         topk_forward_kl,
         topk_reverse_kl,
         topk_jsd,

@@ -22,6 +22,7 @@ LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}  # few enough for a laptop, and t
 Divergence = Callable[[Tensor, Tensor], Tensor]
 PerToken = Float[Tensor, " N"]
 ROUNDING = 1e-7  # a rest below it is what float32 log-probabilities do not add up to
+Window = int | slice | None  # the real vocabulary: its size, or the rows that tokens are chosen from
 Caps = tuple[float | None, float | None]  # of the logits of student and teacher
 # (student hidden [n, H], head, which rows these are, gradient wanted) -> value [n], its gradient in the logits [n, V]
 Measure = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
@@ -36,14 +37,15 @@ def divergence(
     *,
     chunk: int | None = None,
     temperature: float = 1.0,
-    vocab: int | None = None,
+    vocab: Window = None,
     caps: Caps = (None, None),
 ) -> PerToken:
     """fn(log p, log q) of student and teacher at each token, with gradient to the student's hidden states and head.
 
     fn: a piece of DIVERGENCES, or any function of two log-probability rows that treats rows independently.
     chunk: tokens at a time, by default as many as fit a fixed number of logits. temperature divides both logits.
-    vocab: the real vocabulary size; heads padded to different sizes are cut to it.
+    vocab: the real vocabulary size, to which heads padded to different sizes are cut; or a window of it, outside of
+    which neither side has any mass.
     caps: c of a student and a teacher whose logits are c · tanh(hidden · head / c); None is plain logits.
     Raises ValueError when tokens do not pair up, or vocabularies differ and `vocab` does not say where to cut.
     """
@@ -70,17 +72,21 @@ def topk_divergence(
     logq: Float[Tensor, "N K"],
     *,
     chunk: int | None = None,
-    vocab: int | None = None,
+    vocab: Window = None,
     cap: float | None = None,
 ) -> PerToken:
     """fn(log p, log q) where of the teacher only its K likeliest tokens are known, with gradient to the student's side.
 
     What they leave of the teacher's mass is spread evenly over the other tokens, which is exact for any `fn` that looks
     at no more than those K and the sum of the rest: the topk_* pieces with by="teacher" and k ≤ K. A column that does
-    not count repeats an id of its row with logq = −inf.
+    not count repeats an id of its row with logq = −inf. Of a window it must be a teacher of that window: what it says
+    of other tokens goes to the rest.
     """
     refuse_unpaired("student hidden states and teacher's tokens", hidden, ids)
-    head = head[:vocab]
+    head = head[window_of(vocab)]
+    if isinstance(vocab, slice):
+        outside = (ids < vocab.start) | (ids >= vocab.stop)
+        ids, logq = (ids - vocab.start).clamp(0, len(head) - 1), logq.masked_fill(outside, -math.inf)
 
     def measure(hidden: Tensor, head: Tensor, rows: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
         p = logps(hidden, head, cap=cap)
@@ -98,7 +104,7 @@ def spread_rest(ids: Int[Tensor, "n K"], logq: Float[Tensor, "n K"], size: int) 
     even = (rest - (size - known.sum(-1, keepdim=True)).clamp(min=1).log()).to(logq.dtype)
     last = logq.masked_fill(~known, math.inf).amin(-1, keepdim=True)
     even = torch.minimum(even, last.nextafter(torch.full_like(last, -math.inf)))
-    return even.repeat(1, size).scatter_reduce(-1, ids, logq, "amax", include_self=False)
+    return even.repeat(1, size).scatter_reduce(-1, ids, logq, "amax")
 
 
 def token_logp(
@@ -255,16 +261,21 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype)
 
 
-def real_vocabulary(head_s: Tensor, head_t: Tensor, vocab: int | None) -> tuple[Tensor, Tensor]:
+def window_of(vocab: Window) -> slice:
+    return vocab if isinstance(vocab, slice) else slice(0, vocab)
+
+
+def real_vocabulary(head_s: Tensor, head_t: Tensor, vocab: Window) -> tuple[Tensor, Tensor]:
     sizes = len(head_s), len(head_t)
     if vocab is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the student has {sizes[0]} vocabulary rows and the teacher {sizes[1]}; if they differ by padding only, "
             "give vocab=<tokens in the tokenizer>; if they are different vocabularies, they cannot be compared"
         )
-    if vocab is not None and not 0 < vocab <= min(sizes):
+    window = window_of(vocab)
+    if vocab is not None and not 0 <= window.start < window.stop <= min(sizes):
         raise ValueError(f"vocab={vocab} is not within the {sizes[0]} student and {sizes[1]} teacher rows")
-    return head_s[:vocab], head_t[:vocab]
+    return head_s[window], head_t[window]
 
 
 def refuse_unpaired(what: str, a: Tensor, b: Tensor) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from xmodal_opd import dist
 from xmodal_opd.models import head, hidden_repeated, hidden_shared, inputs_on, softcap
 from xmodal_opd.objective import vocab
-from xmodal_opd.objective.vocab import Divergence
+from xmodal_opd.objective.vocab import Divergence, Window
 from xmodal_opd.tokens import response_tokens
 from xmodal_opd.types import Adapter, Inputs, Rollout, TeacherSignal
 
@@ -24,6 +24,9 @@ class Responses:
     adapter: Adapter
     share: bool = True
     together: bool = False  # every rank makes the same calls, and runs the parts of the model that any of them needs
+    among: slice | None = None  # the only ids that answers are chosen from; None: any
+    placeholder: int | None = None  # fed in place of an answer's own tokens, which then do not depend on each other
+    temperature: float = 1.0  # of the policy: divides the logits of every model, wherever it is scored
 
     def contrasted(
         self,
@@ -41,8 +44,24 @@ class Responses:
         return vocab.tilted(hidden, self.hidden(model, rollouts, other, grad), alpha)
 
     def hidden(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str, grad: bool = False) -> Tensor:
-        """Hidden states [B, T, H] that predict each token of `rollouts` when the question is seen as `view`."""
+        """Hidden states [B, T, H] that predict each token of `rollouts` when the question is seen as `view`, divided by
+        the temperature. Raises ValueError at a temperature for a model that caps its logits.
+
+        With `placeholder` a whole answer comes out of one forward, as in OpenVLA-OFT, arXiv:2502.19645: what stands
+        before the place of a token predicts it. There attention is bidirectional over the placeholders; here it is the
+        model's own, so the place of a token sees those before it, and an answer cut short needs no more of them.
+        """
+        if self.temperature == 1:
+            return self.predicting(model, rollouts, view, grad)
+        if softcap(model) is not None:
+            who = type(model).__name__
+            raise ValueError(f"{who} caps its logits, so no temperature can divide them here; set it to 1")
+        return self.predicting(model, rollouts, view, grad) / self.temperature
+
+    def predicting(self, model: PreTrainedModel, rollouts: Sequence[Rollout], view: str, grad: bool) -> Tensor:
         tokens = response_tokens(rollouts).to(model.device)
+        if self.placeholder is not None:
+            tokens = torch.full_like(tokens, self.placeholder)
         asked = list({id(r.pair): r for r in rollouts}.values()) if self.share else rollouts
         prompts = self.prompts(model, asked, view)
         count, width = tokens.shape
@@ -90,9 +109,18 @@ def flat(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[mask[:, : hidden.shape[1]]]
 
 
-def sampled_tokens(rollouts: Sequence[Rollout]) -> Tensor:
-    """[N]: the tokens of all answers in the order of `flat`."""
-    return torch.tensor([token for r in rollouts for token in r.tokens], dtype=torch.long)
+def sampled_tokens(rollouts: Sequence[Rollout], among: slice | None = None) -> Tensor:
+    """[N]: the tokens of all answers in the order of `flat`, as places in the window `among`.
+
+    Raises ValueError for one outside of it.
+    """
+    tokens = torch.tensor([token for r in rollouts for token in r.tokens], dtype=torch.long)
+    if among is None:
+        return tokens
+    if (outside := (tokens < among.start) | (tokens >= among.stop)).any():
+        first = tokens[outside][0].item()
+        raise ValueError(f"an answer has token {first}, but tokens are chosen from {among.start} to {among.stop - 1}")
+    return tokens - among.start
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -100,14 +128,22 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def token_logp(model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
-    """log p [B, T] of the sampled tokens, with gradient where `hidden` has one."""
-    ids = sampled_tokens(rollouts).to(hidden.device)
-    return spread(vocab.token_logp(flat(hidden, mask), head(model), ids, cap=softcap(model)), mask)
+def token_logp(
+    model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor, among: slice | None = None
+) -> Tensor:
+    """log p [B, T] of the sampled tokens `among` a window or all, with gradient where `hidden` has one."""
+    ids = sampled_tokens(rollouts, among).to(hidden.device)
+    return spread(vocab.token_logp(flat(hidden, mask), window(model, among), ids, cap=softcap(model)), mask)
 
 
-def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: int | None) -> Tensor:
-    """fn(log p, log q) [B, T] over the whole vocabulary of `size`, with gradient to the student's side alone."""
+def window(model: PreTrainedModel, among: slice | None) -> Tensor:
+    """The rows of the output projection that tokens are chosen from."""
+    return head(model) if among is None else head(model)[among]
+
+
+def divergence(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: Window) -> Tensor:
+    """fn(log p, log q) [B, T] over the whole vocabulary of `size`, or a window of it, with gradient to the student's
+    side alone."""
     (model_s, hidden_s), (model_t, hidden_t) = student, teacher
     theirs = flat(hidden_t.detach(), mask).to(hidden_s.device)
     caps = softcap(model_s), softcap(model_t)
@@ -122,7 +158,7 @@ def divergence_from(
     signals: Sequence[TeacherSignal],
     rollouts: Sequence[Rollout],
     mask: Tensor,
-    size: int | None,
+    size: Window,
 ) -> Tensor:
     """The same from what a teacher elsewhere told, one signal to an answer: fn(log p, log q) of the `sampled` tokens,
     or of its likeliest ones."""
@@ -131,12 +167,13 @@ def divergence_from(
         torch.cat([getattr(s, part) for s in signals]).to(mask.device) for part in ("logp", "ids", "logq")
     )
     if sampled:
-        return fn(token_logp(model, hidden, rollouts, mask), spread(logp, mask))
+        among = size if isinstance(size, slice) else None
+        return fn(token_logp(model, hidden, rollouts, mask, among), spread(logp, mask))
     per_token = vocab.topk_divergence(fn, flat(hidden, mask), head(model), ids, logq, vocab=size, cap=softcap(model))
     return spread(per_token, mask)
 
 
-def divergence_of_both(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: int | None) -> Tensor:
+def divergence_of_both(fn: Divergence, student: Side, teacher: Side, mask: Tensor, size: Window) -> Tensor:
     """The same value, with gradient to both sides: the teacher's from the divergence with its sides exchanged."""
     value = divergence(fn, student, teacher, mask, size)
     back = divergence(lambda q, p: fn(p, q), teacher, student, mask, size)
@@ -145,9 +182,9 @@ def divergence_of_both(fn: Divergence, student: Side, teacher: Side, mask: Tenso
 
 @torch.no_grad()
 def statistics(
-    model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor
+    model: PreTrainedModel, hidden: Tensor, rollouts: Sequence[Rollout], mask: Tensor, among: slice | None = None
 ) -> tuple[Tensor, Tensor]:
     """log-prob of the sampled tokens and entropy of the distribution they came from, each [B, T]."""
-    ids = sampled_tokens(rollouts).to(hidden.device)
-    logp, entropy = vocab.statistics(flat(hidden, mask), head(model), ids, cap=softcap(model))
+    ids = sampled_tokens(rollouts, among).to(hidden.device)
+    logp, entropy = vocab.statistics(flat(hidden, mask), window(model, among), ids, cap=softcap(model))
     return spread(logp, mask), spread(entropy, mask)

@@ -33,7 +33,8 @@ def trainer_logp(
         for piece in pieces([rollouts[row] for row in mine]):
             rows = [mine[i] for i in piece]
             some = [rollouts[row] for row in rows]
-            logp = token_logp(model, responses.hidden(model, some, view), some, mask[rows].to(model.device))
+            here = mask[rows].to(model.device)
+            logp = token_logp(model, responses.hidden(model, some, view), some, here, responses.among)
             out[rows] = logp.float().cpu()
     return out
 
