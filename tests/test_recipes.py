@@ -15,7 +15,7 @@ from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.step import train_step
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("audio.yaml", "vision.yaml", "cord_7b.yaml")  # settings that recipes include
+SHARED = ("audio.yaml", "vision.yaml", "robot.yaml", "cord_7b.yaml", "vla_opd_7b.yaml")  # settings that recipes include
 RECIPES = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name not in SHARED]
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 

@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(texts, size: int = 768):
-    """A byte-level BPE of Qwen2's kind with `size` tokens, trained on the tasks' own words."""
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
+def make_tokenizer(texts, size: int = 768, whole: Sequence[str] = (), extra: int = EXTRA):
+    """A byte-level BPE of Qwen2's kind with `size` tokens, trained on the tasks' own words. `whole` are words that are
+    tokens besides, and at the end of the vocabulary are `extra` spare ones."""
+    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
@@ -70,7 +71,9 @@ def make_tokenizer(texts, size: int = 768):
         model_max_length=512,
         extra_special_tokens=NAMED,
     )
-    tokenizer.add_tokens(["<|im_start|>", *(f"<|extra_{i}|>" for i in range(EXTRA))], special_tokens=True)
+    words: list[str | AddedToken] = [AddedToken(word, lstrip=True, normalized=False) for word in whole]
+    tokenizer.add_tokens(words)
+    tokenizer.add_tokens(["<|im_start|>", *(f"<|extra_{i}|>" for i in range(extra))], special_tokens=True)
     return tokenizer
 
 

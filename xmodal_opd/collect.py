@@ -12,6 +12,7 @@ from torch import Tensor
 from xmodal_opd import dist, duals, schema
 from xmodal_opd.background import later, now
 from xmodal_opd.build import Parts
+from xmodal_opd.episodes import of_a_step
 from xmodal_opd.evaluate import is_right
 from xmodal_opd.metrics import reward_metrics
 from xmodal_opd.objective import rows as take
@@ -235,6 +236,7 @@ def describe(
         "entropy": -sum(tokens) / len(tokens),  # of the sampled tokens: unbiased only at temperature 1
         "num_tokens": float(len(tokens)),
         **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
+        **of_a_step(every),
         **reward_metrics(rewards.tolist(), [hash(g) for g in groups]),
         **({"judge_failures": float(failures.total())} if parts.judge else {}),
         **{f"judge_failures/{reason}": float(count) for reason, count in failures.items()},

@@ -26,7 +26,8 @@ Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
-PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name")  # keys that hold {piece: options}
+# keys that hold {piece: options}
+PIECES = ("divergence", "surrogate", "reduction", "scale", "schedule", "name", "depth")
 
 # when a run goes on; not eval.samples: what was measured before is compared with what is measured after
 MAY_CHANGE = ("train.steps", "train.threads", "eval.every", "eval.during", "eval.batch", "checkpoint.")

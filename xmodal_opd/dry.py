@@ -87,6 +87,9 @@ def size(model: nn.Module) -> int:
 
 def tokens(recipe: schema.Recipe) -> Iterator[str]:
     """How many tokens a step samples and reads, at most."""
+    if isinstance(recipe, schema.ActionRecipe):
+        yield from decisions(recipe)
+        return
     questions, longest = recipe.train.prompts, recipe.rollout.max_tokens
     samplings = recipe.rollout.samplings
     answers = questions * sum(s.n for s in samplings.values())
@@ -95,6 +98,17 @@ def tokens(recipe: schema.Recipe) -> Iterator[str]:
     limit = recipe.model.max_prompt_tokens
     prompts = f", behind prompts of {limit:,} at most, {questions * limit:,} in all" if limit else ""
     yield f"           {answers} answers of at most {longest} tokens, {answers * longest:,} in all{prompts}"
+
+
+def decisions(recipe: schema.ActionRecipe) -> Iterator[str]:
+    """How many episodes a step plays, and what a decision is."""
+    starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
+    plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
+    yield f"a step     {starts} start states in {robot.name}; episodes from each: {plan}"
+    yield (
+        f"           {starts * sum(s.n for s in samplings.values())} episodes; a decision is {robot.chunk} actions of "
+        f"{robot.size} numbers, {robot.chunk * robot.size} tokens, {robot.decoding}"
+    )
 
 
 def zero(recipe: schema.Recipe) -> int | None:

@@ -71,10 +71,17 @@ def is_right(pair: Pair, rollout: Rollout, right: Right) -> bool:
 
 
 @torch.no_grad()
-def view_kl(model: PreTrainedModel, responses: Responses, rollouts: Sequence[Rollout]) -> list[float]:
-    """Mean over each answer's tokens of KL(student view || teacher view), in nats."""
-    mask = token_batch(rollouts).mask.to(model.device)
-    sides = [(model, responses.hidden(model, rollouts, view)) for view in ("student", "teacher")]
+def view_kl(
+    model: PreTrainedModel,
+    responses: Responses,
+    rollouts: Sequence[Rollout],
+    other: PreTrainedModel | None = None,
+    view: str = "teacher",
+) -> list[float]:
+    """Mean over each answer's tokens of KL(student view || `view`), in nats; the latter of another model where there is
+    one."""
+    mask, other = token_batch(rollouts).mask.to(model.device), other or model
+    sides = [(who, responses.hidden(who, rollouts, seen)) for who, seen in ((model, "student"), (other, view))]
     per_token = divergence(reverse_kl, sides[0], sides[1], mask, None)
     return (per_token.sum(1) / mask.sum(1)).tolist()
 

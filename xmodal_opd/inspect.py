@@ -13,6 +13,7 @@ from xmodal_opd.build import (
     load_processor,
     load_student,
     open_benchmark,
+    open_shards,
     open_tests,
     prepare_shards,
     refuse_view,
@@ -20,9 +21,10 @@ from xmodal_opd.build import (
 )
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
+from xmodal_opd.measure import PROBE, aligned
+from xmodal_opd.measure import measured as act_or_answer
 from xmodal_opd.models import folder_of
 from xmodal_opd.step import train_step
-from xmodal_opd.train import PROBE, aligned
 from xmodal_opd.types import Pair
 
 
@@ -36,7 +38,7 @@ def check(recipe: schema.Recipe) -> Iterator[str]:
     yield f"model      {type(parts.student).__name__}, {total / 1e6:.1f} M parameters, {moving / 1e6:.1f} M train"
     yield f"teachers   {', '.join(sorted([*parts.models, *parts.served]))}"
     pairs = probe(parts)
-    yield f"data       {len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
+    yield f"data       {read(recipe, pairs)}"
     parts = aligned(parts, pairs)
     how = "shared by" if parts.responses.share else "repeated for"
     yield f"alignment  sampler and training forward agree; prompts are {how} their answers"
@@ -44,8 +46,17 @@ def check(recipe: schema.Recipe) -> Iterator[str]:
         yield f"{name:30} {value:.5g}"
 
 
+def read(recipe: schema.Recipe, pairs: list[Pair]) -> str:
+    if isinstance(recipe, schema.ActionRecipe):
+        return f"{len(pairs)} start states of {', '.join(recipe.data.tasks)} in {recipe.robot.name}"
+    return f"{len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
+
+
 def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
+    if isinstance(parts.recipe, schema.ActionRecipe):
+        starts, _ = open_shards(parts.recipe)
+        return [pair for _, pair in islice(starts.pairs(parts.adapter), PROBE)]
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
         return [pair for _, pair in islice(training_shards(parts.recipe).pairs(parts.adapter), PROBE)]
@@ -64,10 +75,7 @@ def evaluate_only(
     tests = open_tests(recipe).pairs(parts.adapter, epochs=1)
     pairs = [pair for _, pair in islice(tests, limit or recipe.eval.samples)]
     parts = aligned(parts, pairs[:PROBE])
-    settings = recipe.eval
-    records = evaluate.evaluate(
-        pairs, parts.student, parts.sampler, parts.responses, parts.right, batch=settings.batch, kl=settings.kl
-    )
+    records = act_or_answer(parts, pairs)
     evaluate.write(records, Path(output))
     return records
 

@@ -28,6 +28,8 @@ SHOWN = {  # on the console: the metrics it may stand for, best first ("distill/
 }
 
 SUMMED = (
+    "episodes",
+    "environment_steps",
     "loss",
     "distill/",
     "num_tokens",

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 ASSETS = Path(__file__).parent / "assets"
+DEFAULTS = {"default": "tiny", "default_robot": "tiny_robot"}
 CLASSES = {  # checkpoints of a larger model of which only the part that writes text is trained
     "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -38,8 +39,9 @@ END_TO_END = ("Qwen2_5OmniAudioEncoder", "Qwen3OmniMoeAudioEncoder")  # lay the 
 
 
 def folder_of(name: str) -> str:
-    """ "default" is the small model in the package; anything else is a folder or a hub name."""
-    return str(ASSETS / "tiny") if name == "default" else name
+    """ "default" is the small model in the package, "default_robot" the small policy; anything else is a folder or a
+    hub name."""
+    return str(ASSETS / DEFAULTS[name]) if name in DEFAULTS else name
 
 
 def load_model(

@@ -38,9 +38,10 @@ CURVES = {  # title: the metrics drawn in one panel ("distill/" is every one tha
 
 
 def closing_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracies and gap before and after, in percent with 95 % intervals, overall and per task; fits 80 columns."""
+    """Accuracies (of a robot: success) and gap before and after, in percent with 95 % intervals, overall and per task;
+    fits 80 columns."""
     heads = {
-        "text": "text_accuracy_before",
+        "teacher" if acts(summary) else "text": "text_accuracy_before",
         "student\nbefore": "student_accuracy_before",
         "student\nafter": "student_accuracy_after",
         "gap\nbefore": "gap_before",
@@ -48,6 +49,11 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
         "closed\n%": "gap_closed",
     }
     return _table(heads, summary, summary["tasks"])
+
+
+def acts(summary: Mapping[str, Any]) -> bool:
+    """Whether it is of a robot's episodes, each from a start state, and not of answers to questions."""
+    return summary.get("modality") == "action"
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
@@ -117,13 +123,14 @@ def _table(
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """Sentences under the table: what the text view became, why a share is missing, how to read it."""
     minutes, seconds = divmod(round(summary["seconds"]), 60)
+    what, ones = ("teacher's success", "start states") if acts(summary) else ("text accuracy", "questions")
     return [
-        "Text accuracy after training: {}; gap to it: {}.".format(
-            *(_cell(summary, name, "{} ({})") for name in ("text_accuracy_after", "gap_to_text_after"))
+        "The {} after training: {}; gap to it: {}.".format(
+            what, *(_cell(summary, name, "{} ({})") for name in ("text_accuracy_after", "gap_to_text_after"))
         ),
         *([f"Gap closed: {summary['gap_closed_note']}."] if "gap_closed_note" in summary else []),
-        "Percent, with 95 % intervals over questions; gaps are from the text accuracy before training.",
-        f"Took {minutes} min {seconds} s.",
+        f"Percent, with 95 % intervals over {ones}; gaps are from the {what} before training.",
+        f"Took {minutes} min {seconds} s" + (f", {summary['episodes']} episodes." if acts(summary) else "."),
     ]
 
 

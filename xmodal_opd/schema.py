@@ -98,14 +98,15 @@ class Robot(Part):
     name: str = "metaworld"  # or toy, libero, or module:class of your own
     options: dict[str, Any] = {}  # of that environment, such as {horizon: 200}
     cameras: list[str] = Field(default=["corner2"], min_length=1)  # what the student sees, in this order
-    image_size: int | None = Field(default=None, ge=1)  # pixels a side, scaled; default: as the camera has them
+    image_size: int = Field(default=112, ge=1)  # pixels a side, to which a camera's picture is scaled
     crop: bool = False  # the middle nine tenths of the area, scaled back
     size: int = Field(default=4, ge=1)  # numbers in an action
     chunk: int = Field(default=8, ge=1)  # actions in a decision
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     temperature: float = Field(default=1.0, gt=0)  # divides the logits of student and teachers, sampled and scored
-    statistics: str | None = None  # a model folder or JSON file whose norm_stats say what actions mean; null: [-1, 1]
-    key: str | None = None  # which of them
+    statistics: str | None = None  # a model folder or JSON file that says what the actions of a dataset are in [-1, 1]
+    key: str = ""  # which dataset's
+    normalization: Literal["bounds", "quantiles", "gaussian"] = "quantiles"
     gripper: Literal["keep", "openvla"] = "keep"
     workers: int = Field(default=4, ge=1)  # processes, each with one environment
     timeout: float = Field(default=120.0, gt=0)  # seconds without an answer until a worker is given up
@@ -278,7 +279,8 @@ class Checkpoint(Part):
 
 class Recipe(Part):
     name: str
-    modality: Literal["text", "audio", "vision", "action"] = "audio"  # of the student's view: what the model must be able to read
+    # of the student's view: what the model must be able to read, and for action to do
+    modality: Literal["text", "audio", "vision", "action"] = "audio"
     model: Model = Model()
     data: Data
     rollout: Rollout
@@ -359,6 +361,12 @@ def teacher_of(source: Source, meta: Mapping[str, Any]) -> tuple[str, str]:
         found = f"meta.{field} is {value!r}" if field in meta else f"meta has no field {field!r}"
         raise ValueError(f"no teacher: its {found}, and the recipe has routes to teachers for {', '.join(there)}")
     return there[value]
+
+
+def instructor(recipe: Recipe) -> tuple[str, str]:
+    """(model, view) that an evaluation of episodes holds against the student: the first teacher the recipe names, or
+    the student itself reading."""
+    return next((there for source in sources(recipe) for there in teachers_of(source).values()), ("current", "teacher"))
 
 
 def judged(recipe: Recipe) -> dict[str, str]:

@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ import torch
 from xmodal_opd import checkpoint, config, dist, evaluate, report, schema
 from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
 from xmodal_opd.data import dealt
+from xmodal_opd.measure import PROBE, aligned, evaluated
 from xmodal_opd.metrics import Record, recording
 from xmodal_opd.provenance import provenance
-from xmodal_opd.selftest import sharing
 from xmodal_opd.step import train_step
-from xmodal_opd.teachers import try_teachers
-from xmodal_opd.types import Pair, Sampling
+from xmodal_opd.types import Pair
 
-PROBE = 4  # questions
 PATIENCE = 3  # steps in a row without a finite gradient
 
 
@@ -55,7 +52,9 @@ def train_here(recipe: schema.Recipe, resume: bool, command: str, began: float) 
     with checkpoint.room_on_disk(run), recording(run, state["step"], recipe.train.steps) as record:
         loop(parts, training_pairs(parts, training, state["position"]), tests, state, run, record, began)
         after = evaluated(parts, tests, run / "eval" / "after.jsonl")
-    summary = {"method": recipe.name, "seed": recipe.train.seed} | report.summary(before, after, elapsed(state, began))
+    about = {"method": recipe.name, "seed": recipe.train.seed, "modality": recipe.modality}
+    about["episodes"] = state["episodes"]
+    summary = about | report.summary(before, after, elapsed(state, began))
     if dist.rank() == 0:
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         report.curves(run)
@@ -71,7 +70,7 @@ def loop(
     record: Record,
     began: float,
 ) -> None:
-    """Steps until the recipe's last. `state` {step, position, seconds, skipped} is what a resumed run starts from."""
+    """Steps until the recipe's last. `state` (see `begin`) is what a resumed run starts from."""
     recipe, coming = parts.recipe, None
     questions = dealt(pairs, state["position"], recipe.train.prompts // dist.world())
     with stop_requests() as stop:
@@ -84,6 +83,7 @@ def loop(
             values |= {"data_wait": waited, "step_time": time.monotonic() - asked}
             stops = [s for some in dist.gather(stop[:1]) for s in some]
             state |= {"step": done, "position": position, "skipped": skipped_in_a_row(values, state, number)}
+            state["episodes"] += round(values.get("episodes", 0))
             if recipe.eval.every and done % recipe.eval.every == 0:
                 values |= evaluate.accuracies(evaluated(parts, tests[: recipe.eval.during], None))
             record(done, values)
@@ -125,34 +125,6 @@ def skipped_in_a_row(values: dict[str, float], state: dict[str, Any], number: in
     return row
 
 
-def evaluated(parts: Parts, tests: list[Pair], path: Path | None) -> list[dict[str, Any]]:
-    """Records of the test questions, divided among the ranks and kept at `path`: a resumed run reads what it wrote."""
-    if dist.decided(path is not None and path.is_file()):
-        return dist.decided(evaluate.read(path) if path is not None and dist.rank() == 0 else [])
-    settings, mine = parts.recipe.eval, evaluate.share(tests)
-    alone = replace(parts.responses, together=False)
-    with parts.engine.whole():
-        records = evaluate.evaluate(
-            mine, parts.student, parts.sampler, alone, parts.right, batch=settings.batch, kl=settings.kl
-        )
-    records = evaluate.joined(records, len(tests))
-    if path is not None and dist.rank() == 0:
-        evaluate.write(records, path)
-    return records
-
-
-def aligned(parts: Parts, pairs: list[Pair]) -> Parts:
-    """The parts, after the self-test on a few questions; with prompts repeated where this model cannot share them."""
-    parts.sampler.sync()
-    with parts.engine.whole():
-        sampled = parts.sampler.generate(pairs, {"test": Sampling(n=2)}, seed=parts.recipe.train.seed)["test"]
-        responses, why = sharing(parts.student, parts.responses, sampled)
-    try_teachers(parts, sampled)
-    if why:
-        dist.say(f"prompts are repeated for every answer, which is slower: {why}")
-    return replace(parts, responses=responses)
-
-
 # ---- the run folder
 
 
@@ -184,12 +156,12 @@ def begin(parts: Parts, run: Path, resume: bool, command: str) -> dict[str, Any]
     if found:
         state = checkpoint.load(found, parts.student, parts.engine, parts.models.get("ema"))
         parts.memory.update(state.pop("memory", {}))
-        return state
+        return {"episodes": 0} | state
     if dist.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(config.dump(parts.recipe))
         (run / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
-    return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0}
+    return {"step": 0, "position": 0, "seconds": 0.0, "skipped": 0, "episodes": 0}
 
 
 def save(parts: Parts, run: Path, state: dict[str, Any], began: float) -> None:

@@ -2,6 +2,8 @@
 tasks, each with a scripted expert. Rendered in software, without shadows: some hundred pictures a second on one core.
 """
 
+import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,10 @@ from modalities.action.environment import AssetError, Observation
 
 HORIZON = 200  # steps; experts need some 80, and the package itself stops at 500
 BUFFERS = ("offsamples", "shadowsize")  # of what is drawn before it is a picture: antialiasing and shadows
-NEARER = (0.75, 0.075, 0.7)  # where the camera "corner2" hangs for robot learning, in lerobot too: not over the whole room
+os.environ.setdefault("MUJOCO_GL", "egl")  # Mesa's, where there is no GPU: it needs no display
+os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+
+NEARER = (0.75, 0.075, 0.7)  # where camera "corner2" hangs for robot learning, as in lerobot: over the table
 LOOKS = {  # what each task says, and what its objects are
     "reach-v3": ("reach the red ball", "ball"),
     "button-press-topdown-v3": ("press the button from above", "button"),
@@ -31,7 +36,7 @@ LOOKS = {  # what each task says, and what its objects are
 
 
 class MetaWorld:
-    """One arm, and one world for each task that was asked for. Start state `n` of a task is the one its seed n draws."""
+    """One arm, and one world for each task that was asked for. Start state n of a task is the one that seed n draws."""
 
     size = 4  # the hand's movement x, y, z and the gripper's force, each in [-1, 1]
 
@@ -67,16 +72,19 @@ class MetaWorld:
 
     def act(self, actions: np.ndarray) -> Observation:
         for action in np.asarray(actions, np.float32).clip(-1, 1):
-            if self.success or self.steps >= self.horizon:
+            if self.over():
                 break
             self.seen, _, _, _, told = self.world.step(action)
             self.steps += 1
-            self.success = bool(told["success"])
+            self.success = self.success or bool(told["success"])
         return self.observation()
+
+    def over(self) -> bool:
+        return self.success or self.steps >= self.horizon
 
     def observation(self) -> Observation:
         instruction, name = LOOKS.get(self.task, (self.task.removesuffix("-v3").replace("-", " "), "object"))
-        done = self.success or self.steps >= self.horizon
+        done = self.over()
         return Observation(
             images={} if done else {self.camera: self.picture(*self.shape)},
             state=self.seen[:4].astype(np.float32),
@@ -118,7 +126,9 @@ class MetaWorld:
         return self.picture(240, 240)
 
     def expert(self) -> np.ndarray:
-        return np.asarray(self.experts[self.task]().get_action(self.seen), np.float32).clip(-1, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an action is cut to [-1, 1], as it is meant to be
+            return np.asarray(self.experts[self.task]().get_action(self.seen), np.float32).clip(-1, 1)
 
     def close(self) -> None:
         for renderer in self.renderers.values():
@@ -126,8 +136,8 @@ class MetaWorld:
 
 
 def drawn(world: Any, start: int) -> np.ndarray:
-    """The first observation [39] of the state that seed `start` draws. A world draws while it is reset, and `reset` does
-    so twice: what the first one drew is held for the second."""
+    """The first observation [39] of the state that seed `start` draws. A world draws while it is reset, and `reset`
+    does so twice: what the first one drew is held for the second."""
     world._freeze_rand_vec = False
     world.seed(start)
     world.reset_model()

@@ -24,6 +24,7 @@ from modalities.vision.benchmarks import LAYOUTS, questions
 from xmodal_opd import checkpoint, dist, lora, models, schema
 from xmodal_opd.background import read_ahead
 from xmodal_opd.benchmark import Benchmark
+from xmodal_opd.build import robots
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.deepspeed_config import settings
 from xmodal_opd.engine.plain import PlainEngine
@@ -78,6 +79,12 @@ class Parts:
     def student(self) -> PreTrainedModel:
         return self.models[STUDENT]
 
+    @property
+    def instructor(self) -> tuple[PreTrainedModel, str]:
+        """The model and the view that an evaluation of episodes holds against the student."""
+        name, view = schema.instructor(self.recipe)
+        return self.models[name], view
+
 
 def launch(recipe: schema.Recipe) -> None:
     """Join the processes of this launch. Raises ValueError when they are not what engine and step are for."""
@@ -104,9 +111,7 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
     schedule = pick("schedule", SCHEDULES, recipe.optim.schedule)
     student = load_student(recipe)
     processor = load_processor(recipe)
-    derive = schema.views(recipe) & DERIVED.keys()
-    seen = recipe.model.model_dump(include={"fps", "max_frames"})
-    adapter = ADAPTERS[recipe.modality](processor, prompt_limit(recipe, student), derive=derive, **seen)
+    adapter = build_adapter(recipe, processor, prompt_limit(recipe, student))
     others = teachers(recipe, student)  # copies of the student, before an engine takes its parameters apart
     refuse_contrast(recipe, {STUDENT: student, **others})
     engine = build_engine(recipe, student, lambda step: schedule(step, recipe.train.steps))
@@ -118,7 +123,7 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
         processor=processor,
         adapter=adapter,
         sampler=sampler,
-        responses=Responses(adapter, recipe.engine.share_prefix, together=dist.world() > 1),
+        responses=build_responses(recipe, adapter),
         terms=terms,
         engine=engine,
         samplings={name: sampling(s) for name, s in recipe.rollout.samplings.items()},
@@ -128,6 +133,20 @@ def build(recipe: schema.Recipe, run: Path | None = None) -> Parts:
         right=right,
         vocab=len(getattr(processor, "tokenizer", processor)),
     )
+
+
+def build_adapter(recipe: schema.Recipe, processor: Any, limit: int) -> Adapter:
+    options: dict[str, Any] = recipe.model.model_dump(include={"fps", "max_frames"})
+    options |= {"derive": schema.views(recipe) & DERIVED.keys()}
+    if isinstance(recipe, schema.ActionRecipe):
+        return robots.adapter(recipe, processor, limit, **options)
+    return ADAPTERS[recipe.modality](processor, limit, **options)
+
+
+def build_responses(recipe: schema.Recipe, adapter: Adapter) -> Responses:
+    acting = isinstance(recipe, schema.ActionRecipe) and isinstance(adapter, robots.ActionAdapter)
+    policy = robots.policy(recipe, adapter) if acting else {}
+    return Responses(adapter, recipe.engine.share_prefix, together=dist.world() > 1, **policy)
 
 
 def load_processor(recipe: schema.Recipe) -> Any:
@@ -158,6 +177,8 @@ def make_trainable(student: PreTrainedModel, recipe: schema.Recipe) -> None:
 def build_sampler(
     recipe: schema.Recipe, student: PreTrainedModel, processor: Any, adapter: Adapter, engine: Engine, run: Path | None
 ) -> Sampler:
+    if isinstance(recipe, schema.ActionRecipe) and isinstance(adapter, robots.ActionAdapter):
+        return robots.sampler(recipe, student, adapter, engine.whole)
     part, ends = recipe.rollout, end_tokens(student, processor)
     if part.name == "hf":
         return HFSampler(student, adapter, ends, part.max_tokens, part.batch_tokens, whole=engine.whole)
@@ -348,22 +369,29 @@ def training_shards(recipe: schema.Recipe, seed: int = 0, shuffle: bool = True) 
     return Shards(recipe.data.train, seed=seed, shuffle=shuffle, views=views, needs=needs, **where)
 
 
-def open_shards(recipe: schema.Recipe) -> tuple[Shards, Shards]:
-    """(training shards, shuffled without end; test shards, in order), made first where the recipe says how."""
+def open_shards(recipe: schema.Recipe) -> tuple[Shards | robots.Starts, Shards | robots.Starts]:
+    """(training shards, shuffled without end; test shards, in order), made first where the recipe says how; or the
+    start states of a robot's episodes."""
+    seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
+    if isinstance(recipe, schema.ActionRecipe):
+        return robots.starts(recipe, seed, dist.rank(), dist.world())
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
-    seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
     return training_shards(recipe, seed), open_tests(recipe)
 
 
-def training_pairs(parts: Parts, shards: Shards, position: int) -> Iterator[tuple[int, Pair]]:
+def training_pairs(parts: Parts, shards: Shards | robots.Starts, position: int) -> Iterator[tuple[int, Pair]]:
     """This rank's pairs from a position on, those of the next step read in a thread while this one trains."""
+    if isinstance(shards, robots.Starts):
+        return shards.pairs(parts.adapter, position)
     adapter = copy.deepcopy(parts.adapter)  # a tokenizer that two threads share mixes up their padding
     return read_ahead(shards.pairs(adapter, position), parts.recipe.train.prompts // dist.world())
 
 
-def open_tests(recipe: schema.Recipe) -> Shards:
-    """The test shards, in order, made first where the recipe says how."""
+def open_tests(recipe: schema.Recipe) -> Shards | robots.Starts:
+    """The test shards, in order, made first where the recipe says how; or the start states of the test."""
+    if isinstance(recipe, schema.ActionRecipe):
+        return robots.starts(recipe, 0, 0, 1)[1]
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.test, "test", recipe.data.prepare.test)
     return Shards(recipe.data.test, shuffle=False, views=views_of_shards(recipe))

@@ -211,8 +211,18 @@ def llm(
     return reward
 
 
+def success(ask: Ask | None = None, *, value: float = 1.0) -> Reward:
+    """`value` for every decision of an episode in which the task was done, else 0. SimpleVLA-RL, arXiv:2509.09674."""
+
+    def reward(prompts: list[str], completions: list[str], meta: list[Mapping[str, Any]], **_: Any) -> Rewards:
+        return [value * bool(m["success"]) if "success" in m else None for m in meta]
+
+    return reward
+
+
 JUDGES: dict[str, Callable[..., Reward]] = {
     "match": match,
+    "success": success,
     "accuracy_format": accuracy_format,
     "self": self_judge,
     "llm": llm,

@@ -1,0 +1,66 @@
+"""Meta-World for real: start states, experts, pictures, and words for what is there."""
+
+import numpy as np
+import pytest
+
+from modalities.action.environment import AssetError, make
+from modalities.action.metaworld import LOOKS, MetaWorld, told_in_words
+
+TASK = "coffee-button-v3"
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = MetaWorld(width=56, height=56)
+    try:
+        world.reset(TASK, 0)
+    except AssetError as error:
+        pytest.skip(str(error))
+    yield world
+    world.close()
+
+
+def test_a_start_state_is_its_number(world):
+    first = world.reset(TASK, 3)
+    world.act(np.ones((5, 4)))
+    again, other = world.reset(TASK, 3), world.reset(TASK, 4)
+    assert first["text"] == again["text"] != other["text"]
+    assert (first["images"]["corner2"] == again["images"]["corner2"]).all()
+    assert first["images"]["corner2"].shape == (56, 56, 3) and first["images"]["corner2"].std() > 20
+
+
+def test_the_expert_succeeds_and_doing_nothing_does_not(world):
+    seen = world.reset(TASK, 0)
+    while not seen["done"]:
+        seen = world.act(world.expert()[None])
+    assert seen["success"] and 20 < seen["steps"] < 60 and not seen["images"]
+    world.reset(TASK, 0)
+    seen = world.act(np.zeros((250, 4)))
+    assert seen["done"] and not seen["success"] and seen["steps"] == 200
+
+
+def test_goals_are_seen_at_every_step(world):
+    """Meta-World hides them by a bound made before one can say otherwise."""
+    world.reset("reach-v3", 1)
+    goal = world.seen[36:39].copy()
+    world.act(np.zeros((2, 4)))
+    assert goal.any() and np.allclose(world.seen[36:39], goal)
+
+
+def test_the_text_is_where_things_are_from_the_hand():
+    seen = np.zeros(39)
+    seen[:4], seen[4:7], seen[36:39] = (0.1, 0.6, 0.2, 1.0), (0.0, 0.8, 0.1), (0.0, 0.8, 0.0)
+    assert told_in_words(seen, "button") == "grip 10, hand +20 +120 +40, button -20 +40 -20, goal +0 +0 -20"
+
+
+def test_unknown_tasks_and_cameras_are_named(world):
+    with pytest.raises(ValueError, match=r"no task 'fly-v3'; it has: .*reach-v3"):
+        world.reset("fly-v3", 0)
+    with pytest.raises(ValueError, match=r"no camera 'moon'; there are: .*corner2"):
+        MetaWorld(camera="moon").reset(TASK, 0)
+    with pytest.raises(AssetError, match=r"no environment 'mars'; there are: .*metaworld"):
+        make("mars", {})
+
+
+def test_every_task_with_words_of_its_own_exists(world):
+    assert set(LOOKS) <= set(world.tasks)

@@ -1,0 +1,144 @@
+"""Recipes of modality action: start states, what they may say, and a run of them from beginning to end."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xmodal_opd import config, dry, report
+from xmodal_opd.build.robots import Starts, starts
+from xmodal_opd.models import folder_of
+from xmodal_opd.train import train
+
+ROBOT = "configs/vla_opd.yaml"
+LARGE = ("configs/vla_opd_libero.yaml", "configs/vla_opd_robotwin.yaml")
+
+
+def test_start_states_come_shuffled_and_go_on_from_any_position():
+    some = Starts(("a", "b"), range(100, 103), seed=1, shuffle=True)
+    first = list(islice(some.pairs(None), 15))
+    assert first[7:] == list(islice(some.pairs(None, first[6][0]), 8))
+    epoch = [pair.key for _, pair in first[:6]]
+    assert sorted(epoch) == [f"{task}/{n}" for task in "ab" for n in (100, 101, 102)]
+    assert epoch != [pair.key for _, pair in first[6:12]], "another epoch, another order"
+    assert first[0][1].meta == {"task": epoch[0][0], "start": int(epoch[0][2:]), "modality": "action"}
+
+
+def test_ranks_share_start_states_without_a_double():
+    every = [list(Starts(("a", "b"), range(4), rank=r, world=2).pairs(None, epochs=1)) for r in (0, 1)]
+    keys = [pair.key for some in every for _, pair in some]
+    assert len(keys) == len(set(keys)) == 8
+    assert [key for _, pair in every[0] for key in [pair.key]] == ["a/0", "a/1", "a/2", "a/3"]
+
+
+def test_test_and_training_start_states_never_meet():
+    recipe = config.load(ROBOT)
+    learnt, measured = starts(recipe, 0, 0, 1)
+    assert not set(learnt.numbers) & set(measured.numbers)
+    with pytest.raises(ValueError, match=r"data.test is 20 start states .* begin at number 5: they would meet"):
+        starts(config.load(ROBOT, ["data.first=5"]), 0, 0, 1)
+
+
+@pytest.mark.parametrize("path", LARGE)
+def test_recipes_of_the_papers_size_resolve(path):
+    lines = "\n".join(dry.dry(config.load(path), devices=8))
+    assert "8.29 B parameters" in lines and "64 start states" in lines and "512 episodes" in lines
+    assert "8 at temperature 1.6" in lines
+
+
+def test_what_a_robot_recipe_may_say_is_told():
+    with pytest.raises(ValueError, match=r"unknown key 'robot.chunks' \(did you mean 'chunk'\?\)"):
+        config.load(ROBOT, ["robot.chunks=4"])
+    with pytest.raises(ValueError, match=r"unknown key 'data.prepare'; keys here: first, seed, tasks, test, train"):
+        config.load(ROBOT, ["data.prepare=null"])
+
+
+def test_the_closing_table_speaks_of_a_teacher_and_episodes(capsys):
+    record = {"key": "a/0", "task": "a", "text_correct": True, "student_correct": False}
+    after = record | {"student_correct": True}
+    summary = {"modality": "action", "episodes": 640} | report.summary([record] * 1, [after] * 1, 61.0)
+    report.print_summary(summary)
+    told = capsys.readouterr().out
+    assert "teacher" in told and "text accuracy" not in told
+    assert "The teacher's success after training" in told and "1 min 1 s, 640 episodes." in told
+    assert json.dumps(summary)
+
+
+# ---- whole runs, in the toy world, of a model that has never acted
+
+
+TOY = """
+include: [{root}/configs/methods/{method}.yaml]
+name: toy
+modality: action
+model: {{name: default, train: [visual]}}
+data: {{tasks: [reach, push], train: 6, test: 2}}
+robot: {{name: toy, options: {{horizon: 8}}, cameras: [top], image_size: 56, size: 3, chunk: 4, workers: 2, videos: 1}}
+rollout: {{max_tokens: 12, samplings: {{episodes: {{n: 2}}}}}}
+engine: {{share_prefix: false, device: cpu}}
+optim: {{lr: 1.0e-3}}
+train: {{steps: 2, prompts: 2}}
+checkpoint: {{every: 1, keep: 3}}
+"""
+
+
+def toy(tmp_path, method="vla_opd_full", *overrides):
+    path = tmp_path / f"{method}.yaml"
+    path.write_text(TOY.format(root=Path(__file__).parents[1], method=method))
+    return config.load(str(path), [f"run_dir={tmp_path / 'run'}", *overrides])
+
+
+@pytest.mark.parametrize("method", ["vla_opd", "vla_opd_full", "grpo_success"])
+def test_each_estimator_trains_the_eyes_in_episodes(tmp_path, method):
+    summary = train(toy(tmp_path, method))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["episodes"] == 8 and [line["episodes"] for line in lines] == [4, 4]
+    assert all(line["environment_steps"] <= 4 * 8 for line in lines)
+    moved = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
+    rest = load_file(Path(folder_of("default")) / "model.safetensors")
+    same = {name for name in rest if name in moved and torch.equal(rest[name].float(), moved[name].float())}
+    eyes = {name for name in rest if name.startswith("visual.")}
+    assert rest.keys() - eyes <= same, "the language model stays"
+    assert method == "grpo_success" or not eyes <= same  # nothing succeeds, and equal rewards teach nothing
+
+
+def test_the_records_are_of_episodes_and_some_are_filmed(tmp_path):
+    train(toy(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "run" / "eval" / "after.jsonl").read_text().splitlines()]
+    assert [r["key"] for r in records] == ["reach/0", "push/0", "reach/1", "push/1"]
+    assert all(0 < r["student_steps"] <= 8 and r["token_kl"] > 0 for r in records)
+    films = sorted(path.name for path in (tmp_path / "run" / "eval").glob("*/*.mp4"))
+    assert films == ["student-reach-0.mp4"] * 2 + ["text-reach-0.mp4"] * 2
+
+
+def test_a_stopped_run_of_episodes_goes_on_to_the_same_bits(tmp_path):
+    whole = train(toy(tmp_path, "vla_opd_full", f"run_dir={tmp_path / 'whole'}"))
+    train(toy(tmp_path, "vla_opd_full", "train.steps=1"))
+    again = train(toy(tmp_path), resume=True)
+    weights = [
+        load_file(tmp_path / run / "checkpoints" / "step-000002" / "model.safetensors") for run in ("whole", "run")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert again["episodes"] == whole["episodes"] == 8
+
+
+def test_a_simulator_of_other_actions_or_tasks_is_told_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"robot.size is 2, but an action in toy has 3 numbers"):
+        train(toy(tmp_path, "vla_opd_full", "robot.size=2"))
+    with pytest.raises(ValueError, match=r"names 'reech' \(did you mean 'reach'\?\), which toy has not; it has: "):
+        train(toy(tmp_path, "vla_opd_full", "data.tasks=[reech]", f"run_dir={tmp_path / 'other'}"))
+
+
+def test_a_camera_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no camera 'left'; there are: top"):
+        train(toy(tmp_path, "vla_opd_full", "robot.cameras=[left]"))
+
+
+def test_another_policy_at_the_same_camera_teaches(tmp_path):
+    teacher = f"{{model: {folder_of('default')}, view: student}}"
+    summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["distill/episodes"]) < 1e-6 and summary["episodes"] == 4, "the student is its own teacher yet"
