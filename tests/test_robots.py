@@ -142,3 +142,25 @@ def test_another_policy_at_the_same_camera_teaches(tmp_path):
     summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(lines[0]["distill/episodes"]) < 1e-6 and summary["episodes"] == 4, "the student is its own teacher yet"
+
+
+@pytest.mark.parametrize(
+    "depth, steps, led", [("{f2b: {limit: 3, every: 1}}", [4, 8], 0), ("opad", [13, 13], 0), ("b2f", None, 12)]
+)
+def test_a_recipe_may_say_which_decisions_are_the_students(tmp_path, depth, steps, led):
+    """The expert pushes the block from start state 3 in 13 steps, which are four decisions; of two episodes a step."""
+    starts = ["data.tasks=[push]", "data.train=1", "data.first=3", "data.test=1", "train.prompts=1", "eval.kl=false"]
+    train(toy(tmp_path, "vla_opd_full", f"robot.depth={depth}", "robot.options={horizon: 40}", *starts))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    taken = [line["environment_steps"] for line in lines]
+    assert steps is None or taken == [2 * some for some in steps]
+    assert [line["num_tokens"] for line in lines] == [3 * (some - 2 * led) for some in taken]
+    records = [json.loads(line) for line in (tmp_path / "run" / "eval" / "after.jsonl").read_text().splitlines()]
+    assert [record["student_steps"] for record in records] == [40], "evaluations are of whole episodes"
+
+
+def test_a_depth_that_is_none_and_a_judge_of_the_experts_success_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown depth 'f3b'"):
+        train(toy(tmp_path, "vla_opd_full", "robot.depth=f3b"))
+    with pytest.raises(ValueError, match=r"the outcome the judge would see is the expert's"):
+        train(toy(tmp_path, "grpo_success", "robot.depth=opad", f"run_dir={tmp_path / 'other'}"))

@@ -119,7 +119,7 @@ def answered(
     """The answers of every sampling and how many updates old they are; those to the following pairs are then begun."""
     samplings = parts.samplings | ({} if parts.reference is None else {"(reference)": parts.reference})
     first = parts.recipe.train.seed * 1_000_003 + (dist.rank() << 40)
-    answers = parts.sampler.generate(pairs, samplings, first + number * 4099)
+    answers = parts.sampler_at(number).generate(pairs, samplings, first + number * 4099)
     if not isinstance(parts.sampler, Ahead):
         return answers, {}
     age = {"rollout/age": float(parts.sampler.age)}

@@ -104,6 +104,7 @@ class Robot(Part):
     chunk: int = Field(default=8, ge=1)  # actions in a decision
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     temperature: float = Field(default=1.0, gt=0)  # divides the logits of student and teachers, sampled and scored
+    depth: Spec | None = None  # which decisions are the student's while it learns: f2b, b2f, opad; null: all
     statistics: str | None = None  # a model folder or JSON file that says what the actions of a dataset are in [-1, 1]
     key: str = ""  # which dataset's
     normalization: Literal["bounds", "quantiles", "gaussian"] = "quantiles"

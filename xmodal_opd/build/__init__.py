@@ -7,7 +7,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.rollout.ahead import Ahead
+from xmodal_opd.rollout.env import EnvSampler
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
 from xmodal_opd.scoring.answers import same_answers
@@ -84,6 +85,12 @@ class Parts:
         """The model and the view that an evaluation of episodes holds against the student."""
         name, view = schema.instructor(self.recipe)
         return self.models[name], view
+
+    def sampler_at(self, step: int) -> Sampler:
+        """The sampler of a training step, in which a robot may act as deep into its episodes as the recipe says."""
+        if isinstance(self.recipe, schema.ActionRecipe) and isinstance(self.sampler, EnvSampler):
+            return replace(self.sampler, depth=robots.depth(self.recipe, step))
+        return self.sampler
 
 
 def launch(recipe: schema.Recipe) -> None:

@@ -15,6 +15,8 @@ from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import GRIPPERS, ActionTokens, load_normalizer
 from modalities.vision import video
 from xmodal_opd import config, models, schema
+from xmodal_opd.objective import pick
+from xmodal_opd.rollout.depth import DEPTHS, FULL, Depth
 from xmodal_opd.rollout.env import EnvSampler, Film
 from xmodal_opd.rollout.workers import Workers
 from xmodal_opd.types import Pair
@@ -93,6 +95,7 @@ def named_views(recipe: schema.ActionRecipe) -> set[str]:
 
 def sampler(recipe: schema.ActionRecipe, student: PreTrainedModel, acting: ActionAdapter, whole: Any) -> EnvSampler:
     robot = recipe.robot
+    depth(recipe, 0)  # refused here, before anything is played
     command = [robot.python or sys.executable, "-m", WORKER, robot.name, json.dumps(robot.options)]
     root = {"PYTHONPATH": str(Path(models.__file__).parents[1])} if robot.python else {}
     return EnvSampler(
@@ -110,6 +113,20 @@ def policy(recipe: schema.ActionRecipe, acting: ActionAdapter) -> dict[str, Any]
     that stands for those predicted at once (None where one follows the other), and the temperature."""
     stands = acting.tokenizer.pad_token_id if recipe.robot.decoding == "parallel" else None
     return {"among": acting.tokens.among, "placeholder": stands, "temperature": recipe.robot.temperature}
+
+
+def depth(recipe: schema.ActionRecipe, step: int) -> Depth:
+    """Which decisions are the student's in a training step. Raises ValueError for a depth that there is not, and for a
+    judge where the outcome is another's."""
+    if recipe.robot.depth is None:
+        return FULL
+    found = pick("depth", DEPTHS, recipe.robot.depth)(step)
+    if found.forced and recipe.judge:
+        raise ValueError(
+            "robot.depth opad takes the expert's actions, so the outcome the judge would see is the expert's; take out "
+            "the judge or the depth"
+        )
+    return found
 
 
 def refuse_mismatch(recipe: schema.ActionRecipe, about: Mapping[str, Any]) -> None:

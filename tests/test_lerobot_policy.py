@@ -1,0 +1,137 @@
+"""Our policy in lerobot: found by its name, the same decisions as our own runner's, and a real lerobot-eval."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lerobot", reason="pip install 'xmodal-opd[lerobot]'")
+
+from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
+
+from modalities.action.lerobot import played
+from modalities.action.toy import Toy
+from xmodal_opd import config, inspect, measure
+from xmodal_opd.build import open_tests
+from xmodal_opd.statistics import wilson_interval
+from xmodal_opd.types import Pair, Sampling
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = ROOT / "plugins" / "lerobot_policy_xmodal"
+TOY = """
+include: [{root}/configs/methods/vla_opd_full.yaml]
+name: toy
+modality: action
+model: {{name: default}}
+data: {{tasks: [reach, push], train: 6, test: 2}}
+robot: {{name: toy, cameras: [top], image_size: 56, size: 3, chunk: 4, workers: 2}}
+rollout: {{max_tokens: 12, samplings: {{episodes: {{n: 2}}}}}}
+engine: {{device: cpu}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy") / "toy.yaml"
+    path.write_text(TOY.format(root=ROOT))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def policy(recipe):
+    sys.path.append(str(PLUGIN))
+    importlib.import_module("lerobot_policy_xmodal")  # which lerobot's commands do themselves where it is installed
+    settings = make_policy_config("xmodal", recipe=recipe, device="cpu", push_to_hub=False)
+    return get_policy_class("xmodal")(settings).eval()
+
+
+def batch_of(seen, key="observation.image"):
+    """What lerobot makes of an observation."""
+    image = torch.from_numpy(seen["images"]["top"]).permute(2, 0, 1)[None] / 255
+    return {key: image, "observation.state": torch.from_numpy(seen["state"])[None], "task": [seen["instruction"]]}
+
+
+def test_it_acts_as_our_own_runner_does(policy, recipe):
+    parts = inspect.measured(config.load(recipe), None)
+    start = Pair("push/1", {}, None, {"task": "push", "start": 1})
+    turns = parts.sampler.generate([start], {"a": Sampling(temperature=0.0)}, seed=0)["a"]
+    parts.sampler.workers.close()
+    before, after = make_pre_post_processors(policy.config)
+    toy, taken = Toy(), []
+    seen = toy.reset("push", 1)
+    policy.reset()
+    while not seen["done"]:
+        action = after(policy.select_action(before(batch_of(seen))))
+        taken.append(action[0].numpy())
+        seen = toy.act(action.numpy())
+    wanted = np.concatenate([parts.adapter.actions(turn.tokens) for turn in turns])
+    assert np.allclose(np.stack(taken), wanted, atol=1e-6)
+
+
+def test_it_learns_what_a_dataset_of_lerobots_shows(policy):
+    toy = Toy()
+    steps = played(lambda command, *rest: getattr(toy, command)(*rest), "push", 1, toy.expert)
+    actions = torch.from_numpy(np.stack([step.action for step in steps[:4]]))[None]
+    batch = batch_of(steps[0].seen) | {"action": actions, "action_is_pad": torch.tensor([[False, False, False, True]])}
+    loss, told = policy(batch)
+    tokens = torch.tensor(policy.acting.ids(actions[0].numpy()))
+    logits = policy.predicted(batch, tokens[None])
+    wanted = torch.nn.functional.cross_entropy(logits[0, :9], tokens[:9] - policy.sampler.among.start)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) == told["loss"]
+    loss.backward()
+    assert policy.model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_a_camera_that_lerobot_has_not_is_named(policy):
+    seen = Toy().reset("push", 1)
+    batch = batch_of(seen, "observation.images.front") | {"observation.images.wrist": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(
+        ValueError, match=r"camera 'top'; there are: observation.images.front, observation.images.wrist"
+    ):
+        policy.predict_action_chunk(batch)
+    with pytest.raises(ValueError, match=r"needs --policy\.recipe"):
+        get_policy_class("xmodal")(replace(policy.config, recipe=""))
+
+
+EPISODES, TASK, SAYS = 20, "button-press-topdown-v3", {"Press a button from the top": "press the button from above"}
+
+
+@pytest.mark.slow
+def test_lerobot_eval_counts_the_successes_that_our_own_runner_counts(tmp_path):
+    """In the same world, but for its pictures: 480 x 480 with shadows there, scaled down; 112 x 112 without here."""
+    pytest.importorskip("metaworld", reason="pip install 'xmodal-opd[robot]'")
+    options = [f"data.tasks=[{TASK}]", f"data.test={EPISODES}", "robot.options={horizon: 500}", "eval.kl=false"]
+    parts = inspect.measured(config.load("configs/vla_opd.yaml", options), None)
+    pairs = [pair for _, pair in open_tests(parts.recipe).pairs(parts.adapter, epochs=1)]
+    ours = sum(record["student_correct"] for record in measure.measured(parts, pairs))
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", PLUGIN]
+    subprocess.run(install, check=True)
+    command = [
+        str(Path(sys.executable).with_name("lerobot-eval")),
+        "--policy.type=xmodal",
+        f"--policy.recipe={ROOT / 'configs' / 'vla_opd.yaml'}",
+        f"--policy.instructions={json.dumps(SAYS)}",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--env.type=metaworld",
+        f"--env.task={TASK}",
+        f"--eval.n_episodes={EPISODES}",
+        "--eval.batch_size=2",
+        "--eval.use_async_envs=false",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    about = {"MUJOCO_GL": "egl", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    subprocess.run(command, check=True, env={**os.environ, **about})
+    told = json.loads((tmp_path / "out" / "eval_info.json").read_text())["overall"]
+    assert told["n_episodes"] == EPISODES
+    theirs = round(told["pc_success"] / 100 * EPISODES)
+    (low, high), (least, most) = wilson_interval(ours, EPISODES), wilson_interval(theirs, EPISODES)
+    assert low <= most and least <= high, f"{ours} and {theirs} of {EPISODES}"
