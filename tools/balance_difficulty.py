@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Weigh a recipe's training questions by how often its student answers them rightly: Uni-OPD's offline balance.
 
-    python tools/balance_difficulty.py configs/uni_opd_vision.yaml
-    xmodal-opd train configs/uni_opd_vision.yaml data.train=data/uni/train/index-balanced.json data.prepare=null
+    python tools/balance_difficulty.py configs/uni_opd_omni.yaml
+    xmodal-opd train configs/uni_opd_omni.yaml data.train=data/uni/both/train/index-balanced.json
 
 The student answers every training question N times; k of them are right. Questions of a band of difficulty are then
 repeated in each epoch, up to the size of the band's largest bin: k = 1 … N-1 where more questions are always right than
