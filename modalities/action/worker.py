@@ -5,7 +5,10 @@ input and answers on standard output, as `xmodal_opd.wire` has them. Whatever el
 import contextlib
 import json
 import os
+import select
 import sys
+import threading
+import time
 import traceback
 from typing import Any, BinaryIO
 
@@ -13,6 +16,7 @@ from modalities.action.environment import Environment, make
 from xmodal_opd.wire import receive, send
 
 COMMANDS = ("reset", "act", "frame", "expert")
+LEAVING = 5.0  # seconds a command may go on when nobody waits for its answer any more
 
 
 def serve(environment: Environment, source: BinaryIO, sink: BinaryIO) -> None:
@@ -33,10 +37,20 @@ def answer(environment: Environment, command: str, arguments: list[Any]) -> dict
         return {"error": str(error) or repr(error), "kind": type(error).__name__}
 
 
+def leave() -> None:
+    """End the process when the other side is gone, even while a simulator hangs."""
+    poll = select.poll()
+    poll.register(0, 0)  # for the end of the stream alone
+    poll.poll()
+    time.sleep(LEAVING)
+    os._exit(1)
+
+
 def main() -> None:
     name, options = sys.argv[1:]
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print what they like, and not into the messages
+    threading.Thread(target=leave, daemon=True).start()
     try:
         environment = make(name, json.loads(options))
     except Exception as error:

@@ -29,6 +29,7 @@ from xmodal_opd.models import (
     softcap,
     without_head,
 )
+from xmodal_opd.objective.vocab import capped
 from xmodal_opd.rollout.depth import FULL, Depth, Start, expert_actions
 from xmodal_opd.rollout.workers import Lost, Workers
 from xmodal_opd.types import Adapter, Inputs, Pair, Rollout, SampleError, Sampling
@@ -72,18 +73,17 @@ def decode(
     placeholder: the id that stands for each token in one forward (OpenVLA-OFT, 2502.19645: tokens are independent given
     the prompt; attention stays the model's own, where theirs is bidirectional). None: one token after the other.
     temperature [B]: on top, 0 takes the likeliest token. draws [B, width]: uniform in [0, 1), float64, one for each
-    token, so no row shifts another. Raises ValueError for a model that caps its logits.
+    token, so no row shifts another. Raises ValueError for a window with media tokens, and
+    at a temperature for a model that caps its logits.
     """
-    if softcap(model) is not None:
-        raise ValueError(
-            f"{type(model).__name__} caps its logits, so their window has no temperature; take another model"
-        )
+    if softcap(model) is not None and policy != 1:
+        raise ValueError(f"{type(model).__name__} caps its logits, so no temperature can divide them here; set it to 1")
     if any(among.start <= token < among.stop for token in media_tokens(model)):
         raise ValueError(f"ids {among.start} to {among.stop - 1} hold tokens that stand for media; take another window")
     weight = head(model)[among]
 
     def choose(hidden: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        logits = (hidden / policy @ weight.T).float()
+        logits = capped((hidden / policy @ weight.T).float(), softcap(model))
         chosen, logp = sample(logits, temperature, draws[:, place])
         return chosen + among.start, logp
 

@@ -19,7 +19,7 @@ from xmodal_opd.background import later
 from xmodal_opd.wire import receive, send
 
 PRINTED = 4000  # bytes of what a worker printed that are kept
-LEAVING = 2.0  # seconds a worker that closed its stream has to end by itself, so that its status is known
+LEAVING = 2.0  # seconds a process has to be gone, by itself so that its status is known, or killed
 
 
 class Lost(RuntimeError):
@@ -93,10 +93,11 @@ class Link:
         return bool(some)
 
     def end(self) -> None:
-        """Kill the process and all it started."""
+        """Kill the process and all it started. One that a driver holds is not waited for longer than `LEAVING`."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LEAVING)
         for stream in self.streams:
             stream.close()
 
@@ -149,12 +150,12 @@ class Worker:
         try:
             if request is not None:
                 send(link, list(request))
-            reply = receive(link)
+            reply = received(link)
         except TimeoutError:
             raise self.lost(f"no answer within {self.timeout:g} s") from None
         except (OSError, EOFError):
             raise self.lost(link.fate()) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise self.lost(f"its stream has noise on it ({error})") from error
         if "error" not in reply:
             return reply["value"]
@@ -188,6 +189,7 @@ class Workers:
         """timeout: seconds for one answer, and for the start. env: on top of this process's. name: for messages."""
         around = surroundings(env or {})
         self.all = [Worker(command, timeout, around, name) for _ in range(count)]
+        self.name = name
         self.lost = 0  # workers, until now
         weakref.finalize(self, end, self.all)  # at exit, too
 
@@ -210,14 +212,31 @@ class Workers:
         return answers
 
     def about(self) -> dict[str, Any]:
-        """What the environment is: {"size": numbers in an action, "tasks"}. Starts a worker. Raises Lost and Failed."""
+        """What the environment is: {"size": numbers in an action, "tasks"}. Starts a worker.
+
+        Raises Failed where it cannot, RuntimeError where it dies or hangs before it says so.
+        """
         if self.all[0].link is None:
-            later(self.all[0].start).result()
+            try:
+                later(self.all[0].start).result()
+            except Lost as lost:
+                raise RuntimeError(f"environment {self.name!r} does not start: {lost}") from lost
         return self.all[0].about
 
     def close(self) -> None:
         """End all workers. What is asked next starts them anew."""
         end(self.all)
+
+
+def received(link: Link) -> dict[str, Any]:
+    """The next answer. Raises ValueError for anything else."""
+    try:
+        reply = receive(link)
+    except (KeyError, TypeError) as error:  # JSON, and no message
+        raise ValueError(repr(error)) from error
+    if not isinstance(reply, dict) or not reply.keys() & {"value", "error"}:
+        raise ValueError(f"{reply!r:.80} is no answer")
+    return reply
 
 
 def end(workers: Sequence[Worker]) -> None:
