@@ -262,6 +262,7 @@ def serving(policy: Policy, name: str, ports: Mapping[str, int]) -> Iterator[dic
     finally:
         for server in servers.values():
             server.shutdown()
+            getattr(server, "server_close", server.shutdown)()
 
 
 def port_of(server: Any) -> int:

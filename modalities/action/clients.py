@@ -155,7 +155,7 @@ def unpacked(found: dict[Any, Any]) -> Any:
 
 
 def connect(url: str, timeout: float) -> Any:
-    """A websocket without bounds on what it carries, past any proxy. Raises OSError when nobody listens."""
+    """A websocket, to be entered, that carries large messages, past any proxy. Raises OSError when nobody listens."""
     from websockets.sync.client import connect as websocket
 
     return websocket(url, open_timeout=timeout, compression=None, max_size=LARGEST, proxy=None, ping_timeout=None)
@@ -172,7 +172,8 @@ class OpenPi:
     """openpi's client: an observation in, a chunk of actions out."""
 
     def __init__(self, url: str, timeout: float = 60.0):
-        self.socket, self.timeout = connect(url, timeout), timeout
+        self.open, self.timeout = contextlib.ExitStack(), timeout
+        self.socket = self.open.enter_context(connect(url, timeout))
         self.about: dict[str, Any] = unpack(self.socket.recv(timeout))
 
     def infer(self, observation: dict[str, Any]) -> np.ndarray:
@@ -183,14 +184,15 @@ class OpenPi:
         return np.asarray(unpack(reply)["actions"])
 
     def close(self) -> None:
-        self.socket.close()
+        self.open.close()
 
 
 class Socket:
     """RoboTwin's client for XPolicyLab's server."""
 
     def __init__(self, url: str, timeout: float = 60.0, evaluation: str = "robotwin"):
-        self.socket, self.timeout, self.who = connect(url, timeout), timeout, {"evaluation_id": evaluation}
+        self.open, self.timeout, self.who = contextlib.ExitStack(), timeout, {"evaluation_id": evaluation}
+        self.socket = self.open.enter_context(connect(url, timeout))
         self.about = self.ask("hello", {})
 
     def ask(self, kind: str, payload: dict[str, Any], **who: Any) -> dict[str, Any]:
@@ -215,4 +217,4 @@ class Socket:
         with contextlib.suppress(Exception):  # the other side may be gone already
             frame = {"message_type": "close", "request_id": str(uuid.uuid4()), **self.who, "payload": {}}
             self.socket.send(pack(frame, "xpolicylab"))
-        self.socket.close()
+        self.open.close()

@@ -12,6 +12,7 @@ ENVIRONMENTS = {  # name in a recipe -> module:class, imported in the worker alo
     "toy": "modalities.action.toy:Toy",
     "metaworld": "modalities.action.metaworld:MetaWorld",
     "libero": "modalities.action.libero:Libero",
+    "robotwin": "modalities.action.robotwin:RoboTwin",
 }
 
 

@@ -116,7 +116,7 @@ class Libero:
         for number in range(self.wait):
             self.wake(number == self.wait - 1)
             self.seen, *_ = self.env.step(NOTHING)
-        self.half = self.env.sim.data.body_xpos[self.env.env.obj_body_id[self.env.obj_of_interest[0]]][2]
+        self.lying = self.thing()[2] if self.solvable() else 0.0
         return self.observation()
 
     def make(self, task: str) -> None:
@@ -193,13 +193,20 @@ class Libero:
 
     def expert(self) -> np.ndarray:
         """For libero_object, where every task is to put one thing into a basket."""
-        world, data = self.env.env, self.env.sim.data
-        if world.obj_of_interest[1:] != ["basket_1"]:
-            raise AssetError(f"there is a scripted expert for libero_object only, not for {self.task!r}")
-        thing, basket = (data.body_xpos[world.obj_body_id[name]] for name in world.obj_of_interest)
+        if not self.solvable():
+            raise AssetError(f"there is no scripted expert for {self.task!r}, but for the tasks of libero_object")
+        data, thing, basket = self.env.sim.data, self.thing(0), self.thing(1)
         finger = (data.get_joint_qpos("gripper0_finger_joint1"), data.get_joint_qvel("gripper0_finger_joint1"))
-        grip = np.array([*thing[:2], thing[2] + max(0.0, self.half - FINGERS)])
+        grip = np.array([*thing[:2], thing[2] + max(0.0, self.lying - FINGERS)])
         return delivered(self.seen["robot0_eef_pos"], grip, basket, finger)
+
+    def solvable(self) -> bool:
+        """Whether the expert knows this task: to put one thing into a basket."""
+        return self.env.obj_of_interest[1:] == ["basket_1"]
+
+    def thing(self, number: int = 0) -> np.ndarray:
+        """Where a thing that the task is about is [3]."""
+        return self.env.sim.data.body_xpos[self.env.env.obj_body_id[self.env.obj_of_interest[number]]]
 
     def rendering(self) -> AbstractContextManager[Any]:
         """Within, pictures of new simulators are made the fast way, if that was asked for."""
