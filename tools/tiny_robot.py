@@ -22,7 +22,7 @@ from typing import Any
 TASKS = ("button-press-topdown-v3", "coffee-button-v3", "handle-press-v3", "faucet-open-v3", "button-press-v3")
 CHUNK, SIZE = 8, 4
 CAMERA, PIXELS = "corner2", 112
-MANY, FEW = 150, 16  # demonstrations of each task: in words, and seen
+MANY, FEW = 150, 3  # demonstrations of each task: in words, and seen
 FIRST = 1_000_000  # number of the first start state that is demonstrated; those of recipes are far below
 NUMBERS = tuple(f"{n:+d}" for n in range(-255, 256))  # each a token of its own: half centimetres, with their sign
 SPREAD = 1.5  # places: a number that is wanted also says that its neighbours are nearly right
@@ -195,7 +195,7 @@ def learn_places(model: Any, adapter: Any, seed: int) -> None:
         images, wanted = zip(*rng.sample(seen, 32), strict=True)
         return far_off(model, adapter, images, wanted, slice(first, first + len(NUMBERS)))
 
-    fit(model.visual, loss, 1500, 1.5e-3, "places")
+    fit(model.visual, loss, 600, 1.5e-3, "places")
 
 
 def far_off(model: Any, adapter: Any, images: Sequence[Any], wanted: Sequence[Sequence[int]], among: slice) -> Any:
@@ -221,7 +221,7 @@ def learn_to_see(model: Any, adapter: Any, seed: int) -> None:
         by_sight = imitation(model, adapter, rng.sample(shown, 24), seen=True)
         return by_sight + imitation(model, adapter, rng.sample(read, 24), seen=False)
 
-    fit(model, loss, 200, 5e-4, "seeing")
+    fit(model, loss, 150, 5e-4, "seeing")
 
 
 STAGES = {"states": learn_states, "places": learn_places, "seeing": learn_to_see}
