@@ -3,6 +3,7 @@ and trained is what its logits say, worked out here from the logits of whole for
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import ActionTokens
-from xmodal_opd import collect, config, schema, step
+from xmodal_opd import collect, config, models, schema, step
 from xmodal_opd.build import Parts, build
 from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.objective import Term, vocab
@@ -108,11 +109,11 @@ def test_the_kl_of_a_chunk_is_the_sum_of_its_categorical_kls(robot, form):
     model, teacher, adapter, rollouts = robot
     responses, mask = responses_of(adapter, form), token_batch(rollouts).mask
     with torch.no_grad():
-        sides = [(who, responses.hidden(who, rollouts, v)) for who, v in ((model, "student"), (teacher, "teacher"))]
+        own, other = ((w, responses.hidden(w, rollouts, v)) for w, v in ((model, "student"), (teacher, "teacher")))
         for r, rollout in enumerate(rollouts):
             p, q = dense(model, responses, rollout, "student"), dense(teacher, responses, rollout, "teacher")
             kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True))
-            got = divergence(reverse_kl, *sides, mask, responses.among)
+            got = divergence(reverse_kl, own, other, mask, responses.among)
             assert got[r].sum().item() == pytest.approx(kl, rel=1e-3) and kl > 0.01
 
 
@@ -176,11 +177,11 @@ def test_the_whole_window_is_as_good_as_no_window_to_the_bit(robot):
     plain, mask = Responses(adapter), token_batch(rollouts).mask
     same = Responses(adapter, among=slice(0, len(model.get_output_embeddings().weight)), temperature=1.0)
     with torch.no_grad():
-        sides = [(who, plain.hidden(who, rollouts, "student")) for who in (model, teacher)]
-        assert torch.equal(sides[0][1], same.hidden(model, rollouts, "student"))
-        assert torch.equal(*(divergence(forward_kl, *sides, mask, w) for w in (None, same.among)))
-        assert torch.equal(*(token_logp(*sides[0], rollouts, mask, w) for w in (None, same.among)))
-        assert torch.equal(*(statistics(*sides[0], rollouts, mask, w)[1] for w in (None, same.among)))
+        own, other = ((who, plain.hidden(who, rollouts, "student")) for who in (model, teacher))
+        assert torch.equal(own[1], same.hidden(model, rollouts, "student"))
+        assert torch.equal(*(divergence(forward_kl, own, other, mask, w) for w in (None, same.among)))
+        assert torch.equal(*(token_logp(*own, rollouts, mask, w) for w in (None, same.among)))
+        assert torch.equal(*(statistics(*own, rollouts, mask, w)[1] for w in (None, same.among)))
 
 
 def test_a_teacher_elsewhere_is_compared_in_the_window(robot):
@@ -192,7 +193,7 @@ def test_a_teacher_elsewhere_is_compared_in_the_window(robot):
         signals, q = [], [dense(teacher, responses, r, "teacher") for r in rollouts]
         for rollout, there in zip(rollouts, q, strict=True):
             top = there.topk(4)
-            ids = torch.cat([top.indices + responses.among.start, torch.full((len(there), 1), 3)], 1)
+            ids = torch.cat([top.indices + adapter.tokens.among.start, torch.full((len(there), 1), 3)], 1)
             logq = torch.cat([top.values, torch.full((len(there), 1), -0.1)], 1)
             chosen = there.gather(-1, places([rollout], responses)[:, None])[:, 0]
             signals.append(TeacherSignal(chosen, ids, logq))
@@ -209,9 +210,9 @@ def test_both_sides_may_learn_in_the_window(robot):
     model, teacher, adapter, rollouts = robot
     rollouts = rollouts[:2]
     responses, mask = responses_of(adapter, "parallel"), token_batch(rollouts).mask
-    sides = [(who, responses.hidden(who, rollouts, v, True)) for who, v in ((model, "student"), (teacher, "teacher"))]
+    own, other = ((w, responses.hidden(w, rollouts, v, True)) for w, v in ((model, "student"), (teacher, "teacher")))
     heads = [who.get_output_embeddings().weight for who in (model, teacher)]
-    got = torch.autograd.grad(divergence_of_both(reverse_kl, *sides, mask, responses.among).sum(), heads)
+    got = torch.autograd.grad(divergence_of_both(reverse_kl, own, other, mask, responses.among).sum(), heads)
     both = [rows(who, responses, rollouts, v) for who, v in ((model, "student"), (teacher, "teacher"))]
     wanted = torch.autograd.grad(reverse_kl(*both).sum(), heads)
     for ours, theirs in zip(got, wanted, strict=True):
@@ -234,8 +235,9 @@ def test_what_is_no_token_of_the_window_is_told(robot):
 
 def test_a_temperature_is_refused_where_logits_are_capped(robot):
     *_, adapter, rollouts = robot
-    small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    capped = Gemma2ForCausalLM(Gemma2Config(**small, num_attention_heads=2, num_key_value_heads=1))
+    small: Any = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    capped = Gemma2ForCausalLM(Gemma2Config(**small))
     with pytest.raises(ValueError, match="Gemma2ForCausalLM caps its logits, so no temperature can divide them"):
         Responses(adapter, temperature=1.6).hidden(capped, rollouts, "student")
 
@@ -293,7 +295,7 @@ def test_a_step_of_vla_opd_is_its_formula(world, name):
     parts = replace(parts, responses=responses)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        parts.student.get_output_embeddings().weight.mul_(5)  # or random weights find all tokens alike
+        models.head(parts.student).mul_(5)  # or random weights find all tokens alike
     rollouts = []
     for i, length in enumerate((4, 2, 4, 3)):
         views = {"student": parts.adapter.text(f"look {i}"), "teacher": parts.adapter.text(f"two plus {i}")}
@@ -322,7 +324,7 @@ def test_a_step_of_vla_opd_is_its_formula(world, name):
     told = step.backward(parts, found, 0)
     assert told["loss/term"] == pytest.approx(values[name].sum().item() / 2, rel=1e-3, abs=2e-3)
     moving = [x for x in parts.student.parameters() if x.requires_grad and x.grad is not None]
-    got = [x.grad.clone() for x in moving]
+    got = [x.grad.clone() for x in moving if x.grad is not None]
     p = rows(parts.student, responses, rollouts)
     again = p.gather(-1, chosen)[:, 0]
     formula = {
