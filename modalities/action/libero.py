@@ -2,9 +2,9 @@
 initial states and meshes. 2 GB a process, and ten seconds for every task that is not the last one's.
 
 Observations are the benchmark's to the bit, the moment included: robosuite measures not at the end of a step but within
-it, so pictures are taken by its own sensors, which sleep until the last step of a chunk. Two liberties are options.
-`hard_reset=False` keeps the model between the episodes of a task, which saves seconds; `render="fast"` leaves out
-shadows, reflections and antialiasing: other pictures, for a quarter of the time.
+it, so pictures are taken by its own sensors, which sleep until the last step of a chunk. `hard_reset=False` keeps the
+model between the episodes of a task, which saves seconds and changes nothing (tested); `render="fast"` leaves out
+shadows, reflections and antialiasing: other pictures, for a quarter of the time, and other numbers than published.
 """
 
 import os
@@ -21,6 +21,7 @@ from modalities.action.protocols import HORIZONS
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # Mesa's, where there is no GPU: it needs no display
 os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+DRIVER = "for an OpenGL driver, apt-get install libegl1 libgl1-mesa-dri libgles2, or MUJOCO_GL=osmesa and libosmesa6"
 
 try:
     import mujoco
@@ -31,10 +32,7 @@ try:
 except ModuleNotFoundError as error:
     raise AssetError(f"LIBERO is not installed ({error}): pip install 'xmodal-opd[libero]'") from error
 except (ImportError, AttributeError, RuntimeError) as error:  # so mujoco and PyOpenGL tell that there is no driver
-    raise AssetError(
-        f"LIBERO cannot start ({error}): for an OpenGL driver, apt-get install libegl1 libgl1-mesa-dri libgles2 or set "
-        "MUJOCO_GL=osmesa and install libosmesa6; for meshes, pip install 'xmodal-opd[libero]' again"
-    ) from error
+    raise AssetError(f"LIBERO cannot start ({error}): {DRIVER}; for meshes, 'xmodal-opd[libero]' again") from error
 
 NOTHING = np.array([0.0, 0, 0, 0, 0, 0, -1])  # stay where you are, gripper open
 RENDERINGS = ("reference", "fast")
@@ -128,8 +126,11 @@ class Libero:
                 raise AssetError(f"LIBERO's {kind} are not at {where}: pip install 'xmodal-opd[libero]'")
         options = {"camera_names": list(self.cameras), "use_camera_obs": bool(self.cameras)}
         options |= {"camera_heights": self.pixels, "camera_widths": self.pixels, "hard_reset": self.hard_reset}
-        with self.rendering():
-            self.env = OffScreenRenderEnv(bddl_file_name=self.suite.get_task_bddl_file_path(number), **options)
+        try:
+            with self.rendering():
+                self.env = OffScreenRenderEnv(bddl_file_name=self.suite.get_task_bddl_file_path(number), **options)
+        except ImportError as error:
+            raise AssetError(f"LIBERO cannot render ({error}): {DRIVER}") from error
         self.task, self.drawn = task, []
         self.instruction = self.suite.get_task(number).language
 
@@ -142,6 +143,8 @@ class Libero:
         with self.rendering():
             for number in range(min(before, len(self.drawn) - 1), before + 1):
                 np.random.set_state(self.drawn[number])
+                for robot in self.env.robots:  # a model that is kept would go on with the last episode's fingers
+                    robot.gripper.current_action = np.zeros(robot.gripper.dof)
                 self.env.reset()
                 if number + 1 == len(self.drawn):
                     self.drawn.append(np.random.get_state())
