@@ -82,7 +82,7 @@ def view_kl(
     one."""
     mask, other = token_batch(rollouts).mask.to(model.device), other or model
     sides = [(who, responses.hidden(who, rollouts, seen)) for who, seen in ((model, "student"), (other, view))]
-    per_token = divergence(reverse_kl, sides[0], sides[1], mask, None)
+    per_token = divergence(reverse_kl, sides[0], sides[1], mask, responses.among)
     return (per_token.sum(1) / mask.sum(1)).tolist()
 
 
