@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_vllm import asked, distribution, disturbed, python, run, serving, small, written  # noqa: F401
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.test_vllm import asked, distribution, disturbed, python, run, serving, small, written  # noqa: F401
 from xmodal_opd import checkpoint, collect, config, models, step
 from xmodal_opd.build import build
 from xmodal_opd.scoring.forward import Responses, statistics

@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,6 @@ from PIL import Image
 from modalities.chat import ChatAdapter
 from modalities.shards import write_shards
 from modalities.tasks import questions
-from tests import families
 from tools import build_tiny, serve_vllm
 from tools.install_vllm import default_folder, install
 from xmodal_opd import checkpoint, config, models, train

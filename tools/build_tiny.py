@@ -71,7 +71,7 @@ def make_tokenizer(texts, size: int = 768, whole: Sequence[str] = (), extra: int
         model_max_length=512,
         extra_special_tokens=NAMED,
     )
-    words: list[str | AddedToken] = [AddedToken(word, lstrip=True, normalized=False) for word in whole]
+    words: Any = [AddedToken(word, lstrip=True, normalized=False) for word in whole]
     tokenizer.add_tokens(words)
     tokenizer.add_tokens(["<|im_start|>", *(f"<|extra_{i}|>" for i in range(extra))], special_tokens=True)
     return tokenizer

@@ -151,8 +151,9 @@ def build_adapter(recipe: schema.Recipe, processor: Any, limit: int) -> Adapter:
 
 
 def build_responses(recipe: schema.Recipe, adapter: Adapter) -> Responses:
-    acting = isinstance(recipe, schema.ActionRecipe) and isinstance(adapter, robots.ActionAdapter)
-    policy = robots.policy(recipe, adapter) if acting else {}
+    policy: dict[str, Any] = {}
+    if isinstance(recipe, schema.ActionRecipe) and isinstance(adapter, robots.ActionAdapter):
+        policy = robots.policy(recipe, adapter)
     return Responses(adapter, recipe.engine.share_prefix, together=dist.world() > 1, **policy)
 
 
