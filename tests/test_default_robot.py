@@ -1,5 +1,8 @@
 """The small policy in the package: what ships is what the documents say of it."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from tools.tiny_robot import TASKS
 from xmodal_opd import config
 from xmodal_opd.build import build
 from xmodal_opd.episodes import evaluate
+from xmodal_opd.inspect import evaluate_only
 from xmodal_opd.models import ASSETS
 from xmodal_opd.types import Pair
 
@@ -22,11 +26,29 @@ def test_it_learnt_the_tasks_of_its_recipe_and_one_that_is_not_trained():
     assert set(TASKS) - set(config.load("vla_opd").data.tasks) == {"button-press-v3"}
 
 
-def test_it_acts_well_on_words():
+def needs_a_driver():
     try:
         MetaWorld(width=28, height=28).reset("reach-v3", 0)
     except AssetError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_the_runner_of_benchmarks_counts_what_the_evaluation_counts(tmp_path):
+    needs_a_driver()
+    starts = ["data.tasks=[coffee-button-v3]", "data.test=5", "eval.kl=false"]
+    ours = evaluate_only(config.load("vla_opd", starts), None, str(tmp_path / "ours.jsonl"))
+    options = ["--option", "horizon=100", "--workers", "2", "--episodes-per-task", "5", "--output", tmp_path / "theirs"]
+    model = ["--policy", ASSETS / "tiny_robot", "--recipe", "configs/vla_opd.yaml", "--tasks", "coffee-button-v3"]
+    command = [sys.executable, "tools/eval_robot.py", "--suite", "metaworld", *model, *options]
+    subprocess.run(list(map(str, command)), check=True, cwd=Path(__file__).parents[1])
+    lines = [json.loads(line) for line in (tmp_path / "theirs" / "episodes.jsonl").read_text().splitlines()]
+    theirs = {line["start"]: (line["success"], line["steps"]) for line in lines if "start" in line}
+    assert theirs == {n: (r["student_correct"], r["student_steps"]) for n, r in enumerate(ours)}
+
+
+def test_it_acts_well_on_words():
+    needs_a_driver()
     parts = build(config.load("vla_opd", ["robot.workers=2"]))
     pairs = [Pair(f"coffee-button-v3/{n}", {}, None, {"task": "coffee-button-v3", "start": n}) for n in range(2)]
     records = evaluate(pairs, parts.sampler, parts.responses, parts.instructor, batch=2)
