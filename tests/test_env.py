@@ -191,7 +191,8 @@ def test_closing_leaves_no_process(pool):
 
 
 RUN = """
-import os, sys, threading
+import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 from xmodal_opd.rollout.workers import Workers
 command = [sys.executable, "-m", "modalities.action.worker", "trouble:Trouble", '{"fault": "sleep"}']
 pool = Workers(command, 2, 600)
@@ -206,7 +207,7 @@ pool.ask({n: ["act", [[0, 0, 0]]] for n in range(2)})
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_process_outlives_a_run_that_is_ended_while_its_workers_hang(number):
     run, around = [sys.executable, "-c", RUN, str(int(number))], surroundings({"PYTHONPATH": f"tests{os.pathsep}."})
-    found = subprocess.run(run, capture_output=True, text=True, env=around)
+    found = subprocess.run(run, capture_output=True, text=True, env=around, timeout=120)
     assert found.returncode == -number and len(found.stdout.split()) == 2
     for pid in map(int, found.stdout.split()):
         wait_for_end(pid)
