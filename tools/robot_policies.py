@@ -121,7 +121,8 @@ class Http:
 
     def __init__(self, url: str, rules: Rules | None):
         self.url, self.rules = url.rstrip("/"), rules
-        self.client = httpx.Client(timeout=httpx.Timeout(600.0, connect=10.0), trust_env=False)
+        once = httpx.Limits(max_keepalive_connections=0)  # a connection for each decision: none is left open at the end
+        self.client = httpx.Client(timeout=httpx.Timeout(600.0, connect=10.0), limits=once, trust_env=False)
         about = json.loads(self.asked("GET", "/"))
         self.identity, self.units = about.get("identity", {}), about.get("units")
         self.identity = {"policy": about.get("policy"), **self.identity}
