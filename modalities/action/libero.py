@@ -25,10 +25,10 @@ DRIVER = "for an OpenGL driver, apt-get install libegl1 libgl1-mesa-dri libgles2
 
 try:
     import mujoco
-    import robosuite.utils.binding_utils as binding
-    from libero.libero import benchmark, get_libero_path
-    from libero.libero.envs import OffScreenRenderEnv
-    from robosuite.utils.transform_utils import quat2axisangle
+    import robosuite.utils.binding_utils as binding  # pyright: ignore[reportMissingImports]
+    from libero.libero import benchmark, get_libero_path  # pyright: ignore[reportMissingImports]
+    from libero.libero.envs import OffScreenRenderEnv  # pyright: ignore[reportMissingImports]
+    from robosuite.utils.transform_utils import quat2axisangle  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise AssetError(f"LIBERO is not installed ({error}): pip install 'xmodal-opd[libero]'") from error
 except (ImportError, AttributeError, RuntimeError) as error:  # so mujoco and PyOpenGL tell that there is no driver
