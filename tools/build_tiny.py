@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,15 @@ def make_processor(tokenizer) -> Any:
     )
 
 
-def make_model(tokenizer, seed: int) -> Any:
-    """A thinker of about 4 million parameters with all its towers; only audio and language are trained here."""
+def make_model(
+    tokenizer,
+    seed: int,
+    width: int = 192,
+    text: Mapping[str, Any] | None = None,
+    audio: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+) -> Any:
+    """A thinker with all its towers, of about 4 million parameters; `width` and parts of its config may say otherwise."""
     import torch
     import transformers
 
@@ -103,7 +110,6 @@ def make_model(tokenizer, seed: int) -> Any:
 
     library: Any = transformers
     token = tokenizer.convert_tokens_to_ids
-    width = 192
     config = library.Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": (len(tokenizer) + 63) // 64 * 64,
@@ -115,6 +121,7 @@ def make_model(tokenizer, seed: int) -> Any:
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8]},
             "tie_word_embeddings": True,
+            **(text or {}),
         },
         audio_config={
             "num_mel_bins": 80,
@@ -125,6 +132,7 @@ def make_model(tokenizer, seed: int) -> Any:
             "output_dim": width,
             "n_window": 250,  # one attention window covers the longest clip
             "max_source_positions": 256,
+            **(audio or {}),
         },
         vision_config={
             "depth": 3,
@@ -133,6 +141,7 @@ def make_model(tokenizer, seed: int) -> Any:
             "num_heads": 4,
             "out_hidden_size": width,
             "fullatt_block_indexes": [0, 1, 2],  # windows of 112 pixels would cut lines of text
+            **(vision or {}),
         },
         audio_token_index=token("<|AUDIO|>"),
         image_token_index=token("<|IMAGE|>"),

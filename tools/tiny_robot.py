@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the small default policy from nothing: a 1.5-million-parameter Qwen2.5-Omni thinker that acts in Meta-World. It
+"""Build the small default policy from nothing: a 1.4-million-parameter Qwen2.5-Omni thinker that acts in Meta-World. It
 acts well on the state in words, of which it saw many demonstrations, and worse by the camera, of which it saw few: that
 is the gap a first run of `configs/vla_opd.yaml` closes.
 
@@ -84,57 +84,14 @@ def demonstrations(count: int, first: int, pushed: bool, seen: bool) -> list[tup
 
 
 def make_model(tokenizer: Any, seed: int) -> Any:
-    """A thinker of about 1.5 million parameters; its ears are as small as their class allows, and not trained."""
-    import torch
-    import transformers
+    """A thinker of about 1.4 million parameters; its ears are as small as their class allows, and not trained."""
+    from tools import build_tiny
 
-    library: Any = transformers  # its lazy names and keyword configs are beyond a type checker
-    token, width = tokenizer.convert_tokens_to_ids, 128
-    config = library.Qwen2_5OmniThinkerConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "tie_word_embeddings": True,
-        },
-        audio_config={
-            "num_mel_bins": 80,
-            "d_model": 32,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 32,
-            "output_dim": width,
-            "n_window": 250,
-            "max_source_positions": 256,
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "num_heads": 4,
-            "out_hidden_size": width,
-            "fullatt_block_indexes": [0, 1, 2],
-        },
-        audio_token_index=token("<|AUDIO|>"),
-        image_token_index=token("<|IMAGE|>"),
-        video_token_index=token("<|VIDEO|>"),
-        vision_start_token_id=token("<|vision_bos|>"),
-        vision_end_token_id=token("<|vision_eos|>"),
-        audio_start_token_id=token("<|audio_bos|>"),
-        audio_end_token_id=token("<|audio_eos|>"),
-        user_token_id=token("user"),
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(seed)
-    model = library.Qwen2_5OmniThinkerForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "rope_parameters": rope}
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    vision = {"hidden_size": 96, "intermediate_size": 288}
+    return build_tiny.make_model(tokenizer, seed, 128, text, audio, vision)
 
 
 def views(adapter: Any, steps: Sequence[tuple[str, str, Any, Any]], seen: bool) -> list[Any]:
