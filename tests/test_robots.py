@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from xmodal_opd import config, dry, report
 from xmodal_opd.build.robots import Starts, starts
+from xmodal_opd.collect import once, question_rewards
 from xmodal_opd.models import folder_of
 from xmodal_opd.train import train
+from xmodal_opd.types import Pair, Rollout
 
 ROBOT = "configs/vla_opd.yaml"
 LARGE = ("configs/vla_opd_libero.yaml", "configs/vla_opd_robotwin.yaml")
@@ -54,6 +56,24 @@ def test_what_a_robot_recipe_may_say_is_told():
         config.load(ROBOT, ["robot.chunks=4"])
     with pytest.raises(ValueError, match=r"unknown key 'data.prepare'; keys here: first, seed, tasks, test, train"):
         config.load(ROBOT, ["data.prepare=null"])
+
+
+def test_teachers_and_samplers_behind_servers_are_refused():
+    with pytest.raises(ValueError, match=r"teachers\.far is behind servers, .* action tokens alone; name a folder"):
+        config.load(ROBOT, ["teachers={far: {servers: ['http://127.0.0.1:1']}}"])
+    with pytest.raises(ValueError, match=r"rollout\.name is 'vllm', but a robot's policy samples with hf only"):
+        config.load(ROBOT, ["rollout.name=vllm", "rollout.servers=['http://127.0.0.1:1']"])
+
+
+def test_a_long_episode_has_one_reward_as_a_short_one():
+    pair = Pair("a", {})
+    rollouts = [Rollout(pair, [1], [0.0], "", True, 0, episode=e, turn=t) for e, t in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    rows = once(rollouts, ["x"] * 4)
+    assert rows == [0, 3]
+    answers = [Rollout(pair, [1], [0.0], "", True, 0)] * 3
+    assert once(answers, ["x"] * 3) == [0, 1, 2]
+    means = question_rewards(rollouts, ["s"] * 4, torch.tensor([1.0, 1.0, 1.0, 0.0]), ["s"])
+    assert means["s_reward"].tolist() == [0.5] * 4
 
 
 def test_the_closing_table_speaks_of_a_teacher_and_episodes(capsys):

@@ -102,7 +102,7 @@ def make_model(
     audio: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A thinker with all its towers, of about 4 million parameters; `width` and parts of its config may say otherwise."""
+    """A thinker with all its towers, of about 4 million parameters unless width and parts of its config are given."""
     import torch
     import transformers
 

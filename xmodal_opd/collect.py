@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -159,15 +159,25 @@ def rewards_of(
     return torch.tensor(rewards), failures
 
 
+def once(rollouts: Sequence[Rollout], groups: Sequence[Hashable]) -> list[int]:
+    """Rows of what has a reward of its own: every answer, and of a robot's episode the first decision."""
+    found: dict[Hashable, int] = {}
+    for row, (rollout, group) in enumerate(zip(rollouts, groups, strict=True)):
+        found.setdefault((group, ("row", row) if rollout.episode is None else rollout.episode), row)
+    return [*found.values()]
+
+
 def question_rewards(
     rollouts: Sequence[Rollout], sampling: Sequence[str], rewards: Tensor, judged: Collection[str]
 ) -> dict[str, Tensor]:
     """NAME_reward [B] for every judged sampling NAME: the mean reward of its answers to the same question, NaN where
     the judge decided none of them."""
     groups = torch.tensor([r.group for r in rollouts])
+    counted = torch.zeros(len(rollouts), dtype=torch.bool)
+    counted[once(rollouts, [(s, r.group) for s, r in zip(sampling, rollouts, strict=True)])] = True
     out: dict[str, Tensor] = {}
     for name in judged:
-        rows = torch.tensor([s == name for s in sampling])
+        rows = torch.tensor([s == name for s in sampling]) & counted
         means = {g: rewards[rows & (groups == g)].nanmean() for g in groups.unique().tolist()}
         out[f"{name}_reward"] = torch.stack([means[r.group] for r in rollouts])
     return out
@@ -229,6 +239,7 @@ def describe(
     own = [r for name, some in answers.items() if parts.samplings[name].view == "student" for r in some]
     gold = [is_right(r.pair, r, parts.right) for r in own if r.pair.answer is not None]
     groups = [(i, r.group) for i, name in enumerate(answers) for r in answers[name]]
+    first = once(every, groups)
     tokens = [logp for r in every for logp in r.logps]
     return {
         "completions/mean_length": sum(len(r.tokens) for r in every) / len(every),
@@ -237,7 +248,7 @@ def describe(
         "num_tokens": float(len(tokens)),
         **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
         **of_a_step(every),
-        **reward_metrics(rewards.tolist(), [hash(g) for g in groups]),
+        **reward_metrics(rewards[first].tolist(), [hash(groups[row]) for row in first]),
         **({"judge_failures": float(failures.total())} if parts.judge else {}),
         **{f"judge_failures/{reason}": float(count) for reason, count in failures.items()},
     }

@@ -178,6 +178,7 @@ def check_references(path: str, recipe: Recipe) -> None:
             "train: there is nothing to overlap; use rollout.name=vllm, or rollout.ahead=0"
         )
     check_dual(path, recipe)
+    check_robot(path, recipe)
     if not recipe.objective:
         raise ValueError(f"{path}: the objective has no term, so there is nothing to train for")
     check_teachers(path, recipe)
@@ -203,6 +204,19 @@ def check_gates(path: str, recipe: Recipe) -> None:
                 f"{sampling!r}, and it sees those of: {', '.join(seen) or 'none'}; it sees a sampling that a term "
                 "reads with a piece that asks for its reward, such as the advantage reward"
             )
+
+
+def check_robot(path: str, recipe: Recipe) -> None:
+    """What tells of the whole vocabulary at temperature 1 tells nothing of a policy over actions."""
+    if recipe.modality != "action":
+        return
+    if recipe.teachers:
+        raise ValueError(
+            f"{path}: teachers.{min(recipe.teachers)} is behind servers, which tell log-probs of a whole vocabulary "
+            "at temperature 1, and a robot's are of action tokens alone; name a folder or hub name as the teacher"
+        )
+    if recipe.rollout.name != "hf":
+        raise ValueError(f"{path}: rollout.name is {recipe.rollout.name!r}, but a robot's policy samples with hf only")
 
 
 def check_dual(path: str, recipe: Recipe) -> None:
