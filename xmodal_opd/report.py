@@ -220,11 +220,13 @@ def curves(folder: Path) -> Path:
     rows = read(folder)
     panels = {title: found for title, names in CURVES.items() if (found := _found(rows, names))}
     accuracy = len(_found(rows, (TEXT, STUDENT))) == 2
+    acted = _found(rows, ("episodes",))
+    what = "success from held-out start states" if acted else "accuracy on held-out questions"
     shape: list[Any] = [["accuracy"] * max(len(panels), 1)] * accuracy + [list(panels)] * bool(panels)
     figure = Figure(figsize=(10, 3.0 * len(shape) + 0.8), layout="constrained")
     axes = figure.subplot_mosaic(shape or [["nothing"]], height_ratios=[1.4, 1.0] if len(shape) == 2 else None)
     for title, axis in axes.items():
-        _dress(axis, "accuracy on held-out questions" if title == "accuracy" else title)
+        _dress(axis, what if title == "accuracy" else title)
         for colour, name in zip((STUDENT_COLOUR, TEXT_COLOUR, QUIET, INK), panels.get(title, []), strict=False):
             _line(axis, *series(rows, name), colour, name if len(panels[title]) > 1 else "")
         if len(panels.get(title, [])) > 1:
