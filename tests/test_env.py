@@ -117,7 +117,7 @@ def test_workers_answer_as_the_environment_would_here(pool):
     assert (action == here.expert()).all()
     seen, same = pool.ask({0: ["act", action[None]]})[0], here.act(here.expert()[None])
     assert seen["text"] == same["text"] and (seen["images"]["top"] == same["images"]["top"]).all()
-    assert pool.about() == {"size": 3, "tasks": ["reach", "push", "carry"]}
+    assert pool.about() == {"size": 3, "tasks": ["reach", "push", "carry"], "facts": {}}
 
 
 def test_requests_to_several_workers_run_at_the_same_time():

@@ -224,6 +224,8 @@ def test_simple_policies_answer_with_chunks():
     assert Expert().act([seat])[0].tolist() == [[0.1, 0.2, 0.3]]
     assert make("nothing", size=7, rules=PROTOCOLS["openpi"], recipe=None).act([seat])[0][0].tolist() == [0] * 6 + [-1]
     assert Nothing([0.0], 3).act([seat])[0].shape == (3, 1)
+    still = Seat("a/0", "a", 0, {"state": np.array([1.0, 2.0])}, seat.expert)
+    assert make("nothing", size=2, rules=None, recipe=None, holds=True).act([still])[0].tolist() == [[1.0, 2.0]] * 8
 
 
 def test_help_comes_at_once():

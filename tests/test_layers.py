@@ -29,7 +29,7 @@ ALLOWED = {("report", "statistics"), ("tokens", "objective")}  # one step aside,
 HOMES = {
     "webdataset": {"xmodal_opd/data.py"},
     "pydantic": {"xmodal_opd/config.py", "xmodal_opd/schema.py"},
-    "yaml": {"xmodal_opd/config.py"},
+    "yaml": {"xmodal_opd/config.py", "modalities/action/robotwin_runtime.py"},
     "espeakng_loader": {"modalities/audio/speech.py"},
     "PIL": {f"modalities/vision/{name}.py" for name in ("media", "draw", "video")},
     "av": {"modalities/vision/video.py"},

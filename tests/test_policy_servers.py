@@ -72,12 +72,30 @@ def test_actions_end_at_success_or_at_the_step_limit(tmp_path):
     assert not end["success"] and end["done"] and end["steps"] == 6
     with pytest.raises(ValueError, match=r"\[C, 4\] finite numbers"):
         env.act(np.zeros((1, 14)))
+    short = twin(tmp_path, horizon=2)
+    short.reset("lift", 0)
+    assert short.act(np.zeros((9, 4)))["steps"] == 2 and "2 steps in an episode at most" in short.facts["differs"]
     with pytest.raises(ValueError, match="no task 'sink'"):
         env.reset("sink", 0)
 
 
+def test_what_the_expert_did_is_played_again_as_actions(tmp_path):
+    env = twin(tmp_path)
+    seen = env.reset("lift", 1)
+    targets = []
+    while not seen["done"]:
+        targets.append(env.expert()[0])
+        seen = env.act(env.expert()[None])
+    assert seen["success"] and targets[0] == pytest.approx(targets[1] / 2) and len(set(targets)) == 2
+    assert env.reset("lift", 0)["steps"] == 0 and env.expert()[0] != targets[0]
+    env.scene = ("lift", 0, 100000)
+    env.script = []
+    with pytest.raises(RuntimeError, match="the expert of lift did not solve seed 100000 once more"):
+        env.expert()
+
+
 def test_a_missing_runtime_is_told_in_a_sentence():
-    with pytest.raises(AssetError, match="name a module:function that makes one"):
+    with pytest.raises(AssetError, match=r"not installed in .*tools/install_robotwin.py makes its environment"):
         make("robotwin", {})
 
 
@@ -100,7 +118,7 @@ def test_robotwins_own_evaluation_asks_our_server(tmp_path, served, protocol):
     model.close()
 
 
-def test_the_evaluation_runs_robotwin_with_a_served_policy(tmp_path, served, monkeypatch):
+def test_the_evaluation_runs_robotwin_with_a_served_policy(tmp_path, served, monkeypatch, capsys):
     _, ports = served
     monkeypatch.setenv("PYTHONPATH", "tests")
     words = ["--suite", "robotwin", "--policy", f"http://127.0.0.1:{ports['http']}", "--episodes-per-task", "2"]
@@ -116,6 +134,12 @@ def test_the_evaluation_runs_robotwin_with_a_served_policy(tmp_path, served, mon
     info = json.loads((tmp_path / "out" / "eval_info.json").read_text())
     assert info["overall"]["pc_success"] == 100 and info["overall"]["n_episodes"] == 2
     assert info["xmodal_opd"]["setting"]["identity"] == {"policy": "looker", "weights": "none"}
+    assert info["xmodal_opd"]["setting"]["facts"]["render"] == "fast"
+    assert "not comparable with published results: three lines of physics" in capsys.readouterr().out
+    words[3:4], words[-1:] = ["nothing"], [str(tmp_path / "still")]
+    assert eval_robot.measure(eval_robot.parser().parse_args(words)) == 0
+    records = (tmp_path / "still" / "episodes.jsonl").read_text().splitlines()[1:]
+    assert [(r["success"], r["steps"], r["error"]) for r in map(json.loads, records)] == [(False, 6, None)] * 2
 
 
 def seat(**images) -> Seat:

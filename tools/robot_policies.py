@@ -62,13 +62,15 @@ class Nothing:
     identity: Mapping[str, Any] = {}
     threads = True
 
-    def __init__(self, rest: Sequence[float], chunk: int):
-        self.actions = np.tile(np.asarray(rest, np.float64), (chunk, 1))
+    def __init__(self, rest: Sequence[float] | None, chunk: int):
+        """rest: the action that does nothing; None where actions are what the state is to be, which then stays."""
+        self.rest, self.chunk = rest, chunk
 
     def reset(self, key: str) -> None: ...
 
     def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
-        return [self.actions for _ in seats]
+        rests = [seat.seen["state"] if self.rest is None else self.rest for seat in seats]
+        return [np.tile(np.asarray(rest, np.float64), (self.chunk, 1)) for rest in rests]
 
 
 class Expert:
@@ -370,12 +372,13 @@ def looks(spec: str) -> bool:
     return not (spec in ("expert", "nothing") or spec.startswith("recorded:"))
 
 
-def make(spec: str, *, size: int, rules: Rules | None, recipe: str | None) -> Policy:
-    """The policy of a name, see eval_robot.py. Raises ValueError for a name that is none."""
+def make(spec: str, *, size: int, rules: Rules | None, recipe: str | None, holds: bool = False) -> Policy:
+    """The policy of a name, see eval_robot.py. holds: actions are the state that is to be. Raises ValueError for a name
+    that is none."""
     if spec == "expert":
         return Expert()
     if spec == "nothing":
-        return Nothing([0.0] * (size - 1) + [-1.0 if rules else 0.0], 8)
+        return Nothing(None if holds else [0.0] * (size - 1) + [-1.0 if rules else 0.0], 8)
     if spec.startswith("recorded:"):
         return Recorded(Path(spec.removeprefix("recorded:")))
     if spec.startswith(("http://", "https://")):

@@ -33,7 +33,8 @@ class Observation(TypedDict):
 
 
 class Environment(Protocol):
-    """One robot in one world."""
+    """One robot in one world. It may have `facts`, which stand beside its results: how it draws, what its "actions"
+    are, and under "differs" a list of what makes results not comparable with published ones."""
 
     size: int  # numbers in an action
     tasks: tuple[str, ...]

@@ -95,6 +95,7 @@ class Libero:
         self.horizon = horizon or HORIZONS[suite]
         self.wait, self.seed, self.cameras, self.pixels = wait, seed, tuple(cameras), pixels
         self.fast, self.fixtures, self.hard_reset = render == "fast", fixtures, hard_reset
+        self.facts = {"render": render, "differs": ["rendered without shadows"] if self.fast else []}
         self.task, self.drawn = "", []
         self.env: Any = None
         self.seen: dict[str, Any] = {}

@@ -1,5 +1,5 @@
 """RoboTwin 2.0 (arXiv:2506.18088): two arms over a table, fifty tasks, in SAPIEN. It runs in a Python 3.11 of its own,
-and so does this file. The runtime itself is not here: whoever has it names it, and here is the protocol around it.
+and so does this file. Here is the protocol; the scenes are made by robotwin_runtime.py, or by whatever else is named.
 
 The order of things is script/eval_policy.py's: seeds from 100000 (1 + seed) on; one counts where the expert solves it;
 the scene is set up again, an instruction is drawn, and actions are taken until the task is done or its steps are used
@@ -14,6 +14,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,23 @@ class RoboTwin:
         config: str = "demo_clean",
         seed: int = 0,
         instruction: str = "unseen",
-        embodiment: list[Any] | None = None,
-        fast: bool = False,
+        horizon: int | None = None,
         cache: str | None = None,
-        runtime: str | None = None,
+        runtime: str = "modalities.action.robotwin_runtime:Runtime",
+        **scenes: Any,
     ):
-        """config: of task_config. embodiment: in place of the config's. fast: rendered without shadows and rays.
-        runtime: module:function that takes these three and makes what knows tasks: `name`, `size`, `tasks`, `task` (a
-        TASK_ENV), `setup` (its setup_demo in eval_mode) and `describe` (instructions seen and unseen)."""
-        self.runtime = made(runtime, config, embodiment, fast)
+        """config: of task_config. horizon: in place of the task's own step limit. cache: a folder for seeds that count.
+        scenes: options of the runtime, a module:function that makes what robotwin_runtime.py has."""
+        self.runtime = made(runtime, config, scenes)
         self.tasks: tuple[str, ...] = tuple(tasks or self.runtime.tasks)
-        self.config, self.first, self.kind = config, 100000 * (1 + seed), instruction
+        self.config, self.first, self.kind, self.horizon = config, 100000 * (1 + seed), instruction, horizon
         self.cache = Path(cache or default_cache())
         self.size = self.runtime.size
+        others = [f"{horizon} steps in an episode at most"] if horizon else []
+        self.facts = {**self.runtime.facts, "differs": [*self.runtime.facts["differs"], *others]}
         self.env: Any = None
+        self.scene: tuple[str, int, int] = ("", 0, 0)  # task, start and seed
+        self.script: list[np.ndarray] = []  # the expert's actions in this episode, once it was asked
 
     def reset(self, task: str, start: int) -> Observation:
         if task not in self.tasks:
@@ -55,8 +59,9 @@ class RoboTwin:
         self.close()
         seeds = self.counted(task, start + 1)
         seed, info = seeds[start]
-        self.env = self.runtime.task(task)
+        self.env, self.scene, self.script = self.runtime.task(task), (task, start, seed), []
         self.runtime.setup(self.env, start, seed)
+        self.env.step_lim = self.horizon or self.env.step_lim
         random.seed(seed)
         np.random.seed(seed)
         self.env.set_instruction(instruction=str(np.random.choice(self.runtime.describe(task, info)[self.kind])))
@@ -81,18 +86,24 @@ class RoboTwin:
 
     def solved(self, task: str, number: int, seed: int) -> dict[str, Any] | None:
         """What the scene of a seed is made of, where the expert solves it."""
-        env = self.runtime.task(task)
         try:
-            self.runtime.setup(env, number, seed)
-            info = env.play_once()["info"]
+            return self.played(task, number, seed, [])
         except AssetError:
             raise
         except Exception as error:  # an unstable scene, or whatever a planner raises: the official loop goes on, too
             print(f"seed {seed} of {task}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return None
+
+    def played(self, task: str, number: int, seed: int, script: list[np.ndarray]) -> dict[str, Any] | None:
+        """The same, and `script` gets the expert's joint targets on the way."""
+        env = self.runtime.task(task)
+        try:
+            self.runtime.setup(env, number, seed)
+            self.runtime.watch(env, script.append)
+            info = env.play_once()["info"]
+            return info if env.plan_success and env.check_success() else None
         finally:
             env.close_env()
-        return info if env.plan_success and env.check_success() else None
 
     def act(self, actions: np.ndarray) -> Observation:
         if actions.ndim != 2 or actions.shape[1] != self.size or not np.isfinite(actions).all():
@@ -120,10 +131,17 @@ class RoboTwin:
         )
 
     def frame(self) -> np.ndarray:
-        return np.asarray(self.env.get_obs()["observation"]["head_camera"]["rgb"], np.uint8)
+        return self.runtime.frame(self.env)
 
     def expert(self) -> np.ndarray:
-        raise AssetError("RoboTwin's expert plans whole episodes, not single actions; it checks start states here")
+        """The joint targets that the expert had after as many actions as were taken in this episode. It plans a whole
+        episode, in another scene of the same seed, and what it did is played again: it cannot take over from others."""
+        if not self.script:
+            script: list[np.ndarray] = []
+            if self.played(*self.scene, script) is None:
+                raise RuntimeError(f"the expert of {self.scene[0]} did not solve seed {self.scene[2]} once more")
+            self.script = [after for before, after in pairwise(script) if (after != before).any()]
+        return self.script[min(self.env.take_action_cnt, len(self.script) - 1)]
 
     def close(self) -> None:
         if self.env is not None:
@@ -135,12 +153,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xmodal-opd" / "robotwin-seeds"
 
 
-def made(where: str | None, *options: Any) -> Any:
-    if where is None:
-        raise AssetError(
-            "RoboTwin is not part of this project: name a module:function that makes one by "
-            "--option runtime=…, or let RoboTwin's own evaluation ask a policy of ours: tools/deploy_policy.py"
-        )
+def made(where: str, config: str, scenes: dict[str, Any]) -> Any:
     module, _, name = where.partition(":")
     make: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return make(*options)
+    return make(config, **scenes)

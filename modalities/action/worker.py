@@ -56,7 +56,8 @@ def main() -> None:
     except Exception as error:
         send(sink, {"error": str(error) or repr(error), "kind": type(error).__name__})
         raise SystemExit(1) from error
-    send(sink, {"value": {"size": environment.size, "tasks": list(environment.tasks)}})
+    about = {"size": environment.size, "tasks": list(environment.tasks), "facts": getattr(environment, "facts", {})}
+    send(sink, {"value": about})
     serve(environment, sys.stdin.buffer, sink)
     os._exit(0)  # renderers print tracebacks while Python is taken apart
 
