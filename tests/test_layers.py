@@ -34,6 +34,7 @@ HOMES = {
     "PIL": {f"modalities/vision/{name}.py" for name in ("media", "draw", "video")},
     "av": {"modalities/vision/video.py"},
     "httpx": {"xmodal_opd/serving.py"},
+    "anyio": {"xmodal_opd/serving.py"},
     "peft": {"xmodal_opd/lora.py"},
     "matplotlib": {"xmodal_opd/report.py", "modalities/vision/draw.py"},
     "sklearn": {"modalities/vision/draw.py"},

@@ -1,10 +1,12 @@
 """The client of servers, against real HTTP servers: fair, bounded, patient; what died is found again."""
 
 import asyncio
+import gc
 import json
 import socket
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from xmodal_opd.serving import Failure, Server, Servers, Session
+from xmodal_opd.serving import Failure, Server, Servers, Session, gather
 
 
 @dataclass
@@ -293,6 +295,34 @@ def test_a_session_notices_the_return_of_a_server_that_another_session_set_aside
 
     with running(Fake("a")) as fake:
         assert len(asyncio.run(main(servers(fake, wait=5.0)))) == 2
+
+
+def test_a_call_that_is_given_up_while_it_closes_what_servers_left_leaves_nothing_open():
+    together, said = threading.Barrier(16), threading.Event()
+
+    def say_and_hang_up(*what: Any) -> None:
+        together.wait(20)  # 16 connections
+        say(*what)
+        said.wait(20)
+        hang_up(*what)
+
+    async def main(pool: Servers) -> None:
+        async with pool.session() as session:
+            await gather(session.post("/x", i) for i in range(16))
+            said.set()
+            await asyncio.sleep(0.5)  # the next call finds all 16 hung up, and closes one a turn of the loop
+            call = asyncio.create_task(session.get(pool.all[0], "/health"))
+            for _ in range(6):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    gc.collect()
+    with running(Fake(behave=say_and_hang_up)) as fake, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        asyncio.run(main(servers(fake)))
+        gc.collect()
+    assert not [str(warning.message) for warning in warned]
 
 
 def test_an_address_that_is_none_ends_the_wait_with_its_reason():

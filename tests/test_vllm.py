@@ -1,6 +1,7 @@
 """Sampling with the real vLLM on CPU, in the environment that tools/install_vllm.py makes: it says what the training
 model would have said, follows its weights, and loses nothing when it is killed."""
 
+import gc
 import json
 import os
 import shutil
@@ -40,6 +41,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 APART = "sampling/sampling_logp_difference/max"
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "64", "--max-model-len"]
+
+
+@pytest.fixture(autouse=True)
+def _open_sockets_fail_the_test_that_left_them():
+    yield
+    gc.collect()
 
 
 # ---- servers

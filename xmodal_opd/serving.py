@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 import httpx
 
 Client = httpx.AsyncClient
@@ -54,13 +55,23 @@ def connect(headers: Mapping[str, str] | None = None) -> Client:
 
 async def send(client: Client, url: str, body: Any = None, *, timeout: float, method: str = "POST") -> httpx.Response:
     """One attempt; `timeout` seconds bound all of it, slow bodies included. Raises Failure for all but a 200."""
+    limit = anyio.move_on_after(timeout)  # httpx's own limits are per read
+
+    async def called() -> httpx.Response:
+        with limit:
+            return await client.request(method, url, json=body)
+        raise Failure("timed out", again=True)
+
+    # Any call may be the one that closes the pool's old connections. httpx shields that from anyio's cancellation but
+    # not from asyncio's, which leaves open what was not reached; so asyncio's stays outside, and anyio's goes in.
+    call = asyncio.create_task(called())
     try:
-        async with asyncio.timeout(timeout):  # httpx's own limits are per read
-            response = await client.request(method, url, json=body)
-    except TimeoutError:
-        raise Failure("timed out", again=True) from None
+        response = await asyncio.shield(call)
     except httpx.HTTPError as error:
         raise Failure(f"no connection ({type(error).__name__})", again=True) from None
+    finally:
+        limit.cancel()
+        await asyncio.gather(call, return_exceptions=True)
     if response.status_code != 200:
         again = response.status_code >= 500 or response.status_code in RETRIED
         raise Failure(f"HTTP {response.status_code}", again, response.text[:400])
