@@ -75,8 +75,9 @@ def advance(parts: Parts, numbers: Sequence[int], mixed: bool = False) -> list[d
     """Steps `numbers` of training; what each measured."""
     parts = replace(parts, judged=frozenset(parts.recipe.rollout.samplings))
     return [
-        over_ranks(dist.gather(step.backward(parts, made_up_step(parts, n, mixed), n))) | parts.engine.step(n)
+        over_ranks(dist.gather(step.backward(parts, made, step.judged(parts, made, n)))) | parts.engine.step(n)
         for n in numbers
+        for made in [made_up_step(parts, n, mixed)]
     ]
 
 
@@ -106,7 +107,8 @@ def gradient(parts: Parts, kind: str, piece: str) -> torch.Tensor:
     engine = PlainEngine(parts.student, **options)
     parts = replace(parts, recipe=recipe, terms=terms, engine=engine, judged=frozenset({"sequences"}))
     parts.student.zero_grad()
-    step.backward(parts, made_up_step(parts, 0), 0)
+    made = made_up_step(parts, 0)
+    step.backward(parts, made, step.judged(parts, made, 0))
     slopes = torch.cat([p.grad.flatten() for p in parts.student.parameters() if p.grad is not None])
     if dist.world() > 1:
         torch.distributed.all_reduce(slopes)

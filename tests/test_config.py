@@ -39,7 +39,7 @@ def test_a_recipe_is_found_by_its_name_alone():
     [
         (
             "train.step=3",
-            r"unknown key 'train.step' \(did you mean 'steps'\?\); keys here: prompts, seed, steps, threads",
+            r"unknown key 'train.step' \(did you mean 'steps'\?\); keys here: minibatches, prompts, seed, ",
         ),
         ("objective.tokens.weigths=[]", r"unknown key 'objective.tokens.weigths' \(did you mean 'weights'\?\)"),
         ("objective.tokens.sampling=tokns", r"did you mean 'tokens'.*rollout.samplings has: tokens, sequences"),

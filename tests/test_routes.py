@@ -75,7 +75,7 @@ def pairs_of(parts, count=COUNT):
 
 def slopes(parts, sampled):
     parts.student.zero_grad()
-    metrics = step.backward(parts, sampled, 0)
+    metrics = step.backward(parts, sampled, step.judged(parts, sampled, 0))
     return metrics["loss"], torch.cat([p.grad.flatten() for p in parts.student.parameters() if p.grad is not None])
 
 

@@ -55,7 +55,7 @@ def stepped(parts, count=3):
     """Metrics of a first step, and its gradient."""
     pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), count)]
     sampled, metrics = collect.sample(parts, pairs, 0)
-    metrics |= step.backward(parts, sampled, 0)
+    metrics |= step.backward(parts, sampled, step.judged(parts, sampled, 0))
     return metrics, {n: p.grad for n, p in parts.student.named_parameters() if p.grad is not None}, sampled
 
 

@@ -82,7 +82,7 @@ def test_log_probs_and_likeliest_tokens_are_those_of_the_same_model_here(expert,
 
 def gradient(parts, pairs):
     sampled, metrics = collect.sample(parts, pairs, 0)
-    metrics |= step.backward(parts, sampled, 0)
+    metrics |= step.backward(parts, sampled, step.judged(parts, sampled, 0))
     return metrics, torch.cat([p.grad.flatten() for p in parts.student.parameters() if p.grad is not None])
 
 

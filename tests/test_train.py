@@ -226,6 +226,32 @@ def nothing(batch, advantage):
     return advantage + float("nan")
 
 
+def test_minibatches_are_updates_on_parts_of_the_same_step(world):
+    """Where no update happens between them, their mean is the gradient of the whole step, and the metrics are its."""
+    found = {}
+    for count in (1, 3):
+        parts = build(config.load(world["recipe"], [f"train.minibatches={count}"]))
+        pairs = [
+            pair for _, (_, pair) in zip(range(4), open_shards(parts.recipe)[0].pairs(parts.adapter), strict=False)
+        ]
+        slopes = []
+        parts.engine.step = lambda number, parts=parts, slopes=slopes: (
+            slopes.append(torch.cat([p.grad.flatten() for p in parts.engine.parameters if p.grad is not None]))
+            or parts.student.zero_grad()
+            or {"skipped": float(len(slopes) == 2), "grad_norm": float(len(slopes))}
+        )
+        values = step.train_step(parts, pairs, 0)
+        found[count] = torch.stack(slopes).mean(0), values
+        assert len(slopes) == count and (count == 1 or len({float(slope.norm()) for slope in slopes}) > 1)
+        assert values["skipped"] == (count == 3) and values["grad_norm"] == (count + 1) / 2
+    torch.testing.assert_close(found[3][0], found[1][0], atol=1e-6, rtol=1e-3)
+    for name in ("loss", "loss/tokens", "distill/tokens"):
+        assert found[3][1][name] == pytest.approx(found[1][1][name], rel=1e-4)
+    sampled, _ = collect.sample(parts, pairs, 0)
+    dealt, again = step.minibatches(parts, sampled, 0), step.minibatches(parts, sampled, 1)
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(sampled.rollouts))) and dealt != again
+
+
 def test_however_a_step_is_cut_the_gradient_is_the_same(world):
     gradients = []
     for budget in (10**6, 200, 1):

@@ -210,7 +210,7 @@ def one_step(parts, pairs) -> dict[str, float]:
     began = time.perf_counter()
     sampled, _ = collect.sample(parts, pairs, 0)
     middle = time.perf_counter()
-    step.backward(parts, sampled, 0)
+    step.backward(parts, sampled, step.judged(parts, sampled, 0))
     return {"sampling": middle - began, "loss and gradient": time.perf_counter() - middle}
 
 

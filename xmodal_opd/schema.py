@@ -132,7 +132,7 @@ class Rollout(Part):
     retries: int = Field(default=3, ge=0)  # vllm: more attempts, on whichever server is free
     concurrency: int = Field(default=64, ge=1)  # vllm: questions one server holds at a time
     wait: float = Field(default=600.0, gt=0)  # vllm: seconds to wait while no server answers
-    ahead: Literal[0, 1] = 0  # vllm: 1 samples the next step's answers while this one trains; each is one update old
+    ahead: Literal[0, 1] = 0  # vllm: 1 samples the next step's answers while this one trains; each is one step old
     samplings: dict[str, Sampling]
 
 
@@ -248,6 +248,7 @@ class Engine(Part):
 class Train(Part):
     steps: int = Field(default=100, ge=1)
     prompts: int = Field(default=32, ge=1)  # questions a step
+    minibatches: int = Field(default=1, ge=1)  # updates a step, each on its share of the answers, which are then older
     seed: int = 0
     threads: int | None = None  # CPU threads; default: all cores
 

@@ -1,9 +1,12 @@
 """One training step: collect answers and scores, judge the whole step once, then turn micro-batches into loss."""
 
+import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -34,9 +37,10 @@ def train_step(
     """
     with encoded_once(parts.models.values(), parts.adapter):
         step, metrics = sample(parts, pairs, number, following)
-        metrics |= backward(parts, step, number)
-    metrics = over_ranks(dist.gather(metrics))
-    metrics |= parts.engine.step(number)
+        verdict = judged(parts, step, number)
+        updates = [update(parts, step, verdict, rows, number) for rows in minibatches(parts, step, number)]
+    sums, told = zip(*updates, strict=True)
+    metrics = over_ranks(dist.gather(metrics | verdict.metrics | added_up(sums))) | of_updates(told)
     if "ema" in parts.models:
         models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
     began = time.monotonic()
@@ -44,16 +48,56 @@ def train_step(
     return metrics | ({} if parts.sampler.exact else {"sync_time": time.monotonic() - began})
 
 
-def backward(parts: Parts, step: Step, number: int) -> dict[str, float]:
-    """Judge the whole step, then add up its gradient piece by piece; returns loss and mean divergence of each term."""
+@dataclass(frozen=True)
+class Verdict:
+    """The terms as they are in this step, what each says of the whole of it, and what is worth knowing about that."""
+
+    terms: Mapping[str, Term]
+    judged: Mapping[str, Judged]
+    metrics: dict[str, float]
+
+
+def judged(parts: Parts, step: Step, number: int) -> Verdict:
+    """Judge the whole step, once for all its updates."""
     terms = {name: term.at(number, parts.recipe.train.steps) for name, term in parts.terms.items()}
-    judged = {
-        name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()
-    }
-    sums = corrections(parts, terms, step) | orders(parts, terms, step)
-    for piece in pieces(parts, step.rollouts):
-        parts.engine.backward(parts.engine.run(partial(micro_loss, parts, terms, judged, step, piece, sums)))
+    found = {name: judge_term(parts, term, parts.recipe.objective[name].sampling, step) for name, term in terms.items()}
+    return Verdict(terms, found, corrections(parts, terms, step) | orders(parts, terms, step))
+
+
+def minibatches(parts: Parts, step: Step, number: int) -> list[list[int]]:
+    """This rank's rows for each update of the step: all of them, or as many parts, dealt out at random, as the recipe
+    wants. What was sampled together is then learnt apart, so that an update sees as many questions as it can."""
+    rows, count = list(range(len(step.rollouts))), parts.recipe.train.minibatches
+    if count > 1:
+        random.Random(f"{parts.recipe.train.seed} {number} {dist.rank()}").shuffle(rows)
+    return [sorted(rows[part::count]) for part in range(count)]
+
+
+def update(
+    parts: Parts, step: Step, verdict: Verdict, rows: Sequence[int], number: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One update on some of the step's rows: this rank's share of the losses, and what the engine says."""
+    return backward(parts, step, verdict, rows), parts.engine.step(number)
+
+
+def backward(parts: Parts, step: Step, verdict: Verdict, rows: Sequence[int] | None = None) -> dict[str, float]:
+    """Add up the gradient of some of this rank's rows (None: all) piece by piece; returns loss and mean divergence of
+    each term. The gradient is as large as that of the whole step, however many minibatches share its rows."""
+    rows, sums = range(len(step.rollouts)) if rows is None else rows, dict[str, float]()
+    for piece in pieces(parts, [step.rollouts[row] for row in rows]):
+        loss = parts.engine.run(partial(micro_loss, parts, verdict, step, [rows[place] for place in piece], sums))
+        parts.engine.backward(loss * parts.recipe.train.minibatches)
     return sums | {"loss": sum(value for name, value in sums.items() if name.startswith("loss/"))}
+
+
+def added_up(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of minibatches, of which one may have no rows of a term that another has."""
+    return {name: sum(some.get(name, 0.0) for some in sums) for name in dict.fromkeys(chain.from_iterable(sums))}
+
+
+def of_updates(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the engine said of a step's updates: the mean; `skipped` is 1 if one was."""
+    return {name: (max if name == "skipped" else fmean)([values[name] for values in told]) for name in told[0]}
 
 
 def judge_term(parts: Parts, term: Term, on: str, step: Step) -> Judged:
@@ -95,15 +139,9 @@ def orders(parts: Parts, terms: Mapping[str, Term], step: Step) -> dict[str, flo
     return out
 
 
-def micro_loss(
-    parts: Parts,
-    terms: Mapping[str, Term],
-    judged: Mapping[str, Judged],
-    step: Step,
-    piece: Sequence[int],
-    sums: dict[str, float],
-) -> Tensor:
+def micro_loss(parts: Parts, verdict: Verdict, step: Step, piece: Sequence[int], sums: dict[str, float]) -> Tensor:
     """Loss of some rows of the step; adds each term's share, and its mean divergence, to `sums`."""
+    terms = verdict.terms
     use = {name: [r for r in piece if step.sampling[r] == parts.recipe.objective[name].sampling] for name in terms}
     hidden = hidden_states(parts, terms, step, use)
     total = torch.zeros((), device=parts.student.device)
@@ -113,7 +151,7 @@ def micro_loss(
         index = torch.tensor(rows, device=total.device)
         batch = take(step.batch, index)
         per_token = values(parts, name, terms[name], hidden, step, rows, batch.mask)
-        loss = terms[name].loss(batch, take(judged[name], index), per_token)
+        loss = terms[name].loss(batch, take(verdict.judged[name], index), per_token)
         sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(loss.detach())
         if terms[name].divergence:
             tokens = step.tokens(parts.recipe.objective[name].sampling)

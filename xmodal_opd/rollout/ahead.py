@@ -17,7 +17,7 @@ class Ahead:
     """A sampler that may be asked in advance.
 
     Its weights change only once what was asked in advance is answered, so all answers of a step are of one and the
-    same: the weights of one update ago, or in the first step of a run and of a resumption the student's own.
+    same: the weights of one step ago, or in the first step of a run and of a resumption the student's own.
     """
 
     sampler: Sampler
