@@ -122,9 +122,13 @@ class Runtime:
         return env
 
     def setup(self, env: Any, number: int, seed: int) -> None:
-        """Its scene of this seed."""
-        with self.rendering():
-            env.setup_demo(now_ep_num=number, seed=seed, is_test=True, task_name=type(env).__name__, **self.args)
+        """Its scene of this seed. Raises AssetError where an object is missing, which the runtime lets pass as None."""
+        name = type(env).__name__
+        try:
+            with self.rendering():
+                env.setup_demo(now_ep_num=number, seed=seed, is_test=True, task_name=name, **self.args)
+        except (OSError, AttributeError) as error:
+            raise AssetError(f"a scene of {name} lacks something in {self.root} ({error}): {MISSING}") from error
 
     def rendering(self) -> AbstractContextManager[Any]:
         """Within, new scenes are drawn without rays, if that was asked for: only some GPUs can trace them."""
