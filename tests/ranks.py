@@ -18,7 +18,6 @@ from xmodal_opd import checkpoint, collect, config, dist, schema, step
 from xmodal_opd.build import Parts, build, launch
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
-from xmodal_opd.metrics import over_ranks
 from xmodal_opd.objective import Term
 from xmodal_opd.objective.advantages import ADVANTAGES
 from xmodal_opd.objective.weights import WEIGHTS
@@ -74,11 +73,7 @@ def made_up_step(parts: Parts, number: int, mixed: bool = False) -> collect.Step
 def advance(parts: Parts, numbers: Sequence[int], mixed: bool = False) -> list[dict[str, float]]:
     """Steps `numbers` of training; what each measured."""
     parts = replace(parts, judged=frozenset(parts.recipe.rollout.samplings))
-    return [
-        over_ranks(dist.gather(step.backward(parts, made, step.judged(parts, made, n)))) | parts.engine.step(n)
-        for n in numbers
-        for made in [made_up_step(parts, n, mixed)]
-    ]
+    return [step.learn(parts, made_up_step(parts, n, mixed), n) for n in numbers]
 
 
 def weights_of(parts: Parts) -> dict[str, torch.Tensor]:

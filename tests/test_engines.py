@@ -64,6 +64,8 @@ LEADS = '{"arithmetic":{"model":"initial"},"ordering":{"view":"student"},"choice
 ROUTED = f'objective.tokens.teacher.route={{"field":"task","to":{LEADS}}}'
 RUNS |= {"2-routed": f"engine.zero=2 {ROUTED}"}  # some micro-batches have no question of a teacher on one rank, or any
 RUNS |= {"2-mixed": "engine.zero=2 mixed", "3-mixed": "SHARDED mixed engine.share_prefix=false"}  # rank 1 hears nothing
+PARTS = "train.minibatches=2"
+RUNS |= {"2-parts": f"engine.zero=2 {PARTS}"}
 OFFLOAD = {"2-offload": "engine.zero=2 engine.offload=[optimizer]"}
 OFFLOAD |= {"3-offload": "SHARDED engine.offload=[optimizer,parameters]"}
 LITTLE = "engine.activation_checkpointing=true engine.share_prefix=false"
@@ -94,9 +96,9 @@ def two_ranks_more(world, tmp_path_factory, sharded):
 
 @pytest.fixture(scope="module")
 def one_process(world):
-    """Weights and metrics after the same three steps in engine/plain.py: plain, mixed and routed ones."""
+    """Weights and metrics after the same three steps in engine/plain.py: plain, mixed, routed, and in minibatches."""
     out = {}
-    for kind, overrides in (("plain", ()), ("mixed", ()), ("routed", (ROUTED,))):
+    for kind, overrides in (("plain", ()), ("mixed", ()), ("routed", (ROUTED,)), ("parts", (PARTS,))):
         parts = ranks.built(world["recipe"], *overrides)
         told = ranks.advance(parts, range(3), kind == "mixed")
         out[kind] = told, ranks.weights_of(parts)
@@ -115,7 +117,7 @@ def same_as(folder: Path, told, expected) -> None:
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind in ("mixed", "routed") if kind in name), "plain")
+    return next((kind for kind in ("mixed", "routed", "parts") if kind in name), "plain")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -248,8 +248,9 @@ def test_minibatches_are_updates_on_parts_of_the_same_step(world):
     for name in ("loss", "loss/tokens", "distill/tokens"):
         assert found[3][1][name] == pytest.approx(found[1][1][name], rel=1e-4)
     sampled, _ = collect.sample(parts, pairs, 0)
-    dealt, again = step.minibatches(parts, sampled, 0), step.minibatches(parts, sampled, 1)
-    assert sorted(row for rows in dealt for row in rows) == list(range(len(sampled.rollouts))) and dealt != again
+    dealt = step.minibatches(sampled, 3)
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(sampled.rollouts)))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_however_a_step_is_cut_the_gradient_is_the_same(world):

@@ -1,6 +1,5 @@
 """One training step: collect answers and scores, judge the whole step once, then turn micro-batches into loss."""
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,10 +36,7 @@ def train_step(
     """
     with encoded_once(parts.models.values(), parts.adapter):
         step, metrics = sample(parts, pairs, number, following)
-        verdict = judged(parts, step, number)
-        updates = [update(parts, step, verdict, rows, number) for rows in minibatches(parts, step, number)]
-    sums, told = zip(*updates, strict=True)
-    metrics = over_ranks(dist.gather(metrics | verdict.metrics | added_up(sums))) | of_updates(told)
+        metrics = over_ranks(dist.gather(metrics)) | learn(parts, step, number)
     if "ema" in parts.models:
         models.update_ema(parts.models["ema"], parts.student, parts.recipe.engine.ema_rate)
     began = time.monotonic()
@@ -64,20 +60,22 @@ def judged(parts: Parts, step: Step, number: int) -> Verdict:
     return Verdict(terms, found, corrections(parts, terms, step) | orders(parts, terms, step))
 
 
-def minibatches(parts: Parts, step: Step, number: int) -> list[list[int]]:
-    """This rank's rows for each update of the step: all of them, or as many parts, dealt out at random, as the recipe
-    wants. What was sampled together is then learnt apart, so that an update sees as many questions as it can."""
-    rows, count = list(range(len(step.rollouts))), parts.recipe.train.minibatches
-    if count > 1:
-        random.Random(f"{parts.recipe.train.seed} {number} {dist.rank()}").shuffle(rows)
-    return [sorted(rows[part::count]) for part in range(count)]
+def learn(parts: Parts, step: Step, number: int) -> dict[str, float]:
+    """Judge the step, and update on each of its minibatches; the metrics of all ranks together."""
+    verdict, sums, told = judged(parts, step, number), [], []
+    for rows in minibatches(step, parts.recipe.train.minibatches):
+        sums.append(backward(parts, step, verdict, rows))
+        told.append(parts.engine.step(number))
+    return over_ranks(dist.gather(verdict.metrics | added_up(sums))) | of_updates(told)
 
 
-def update(
-    parts: Parts, step: Step, verdict: Verdict, rows: Sequence[int], number: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """One update on some of the step's rows: this rank's share of the losses, and what the engine says."""
-    return backward(parts, step, verdict, rows), parts.engine.step(number)
+def minibatches(step: Step, count: int) -> list[list[int]]:
+    """This rank's rows in each of `count` parts of the step, dealt out by the numbers drawn for answers, so the parts
+    are the same on any number of ranks. What was sampled together is learnt apart."""
+    if count == 1:
+        return [list(range(len(step.rollouts)))]
+    places = step.everyone.scores["draw"].argsort().argsort()[step.mine].tolist()
+    return [[row for row, place in enumerate(places) if place % count == part] for part in range(count)]
 
 
 def backward(parts: Parts, step: Step, verdict: Verdict, rows: Sequence[int] | None = None) -> dict[str, float]:
