@@ -39,6 +39,14 @@ def test_the_expert_succeeds_and_doing_nothing_does_not(world):
     assert seen["done"] and not seen["success"] and seen["steps"] == 200
 
 
+def test_a_camera_that_hangs_elsewhere_sees_the_same_state_in_another_picture(world):
+    nearer = MetaWorld(width=56, height=56, moved=(-0.2, 0.12, -0.13))
+    here, there = world.reset(TASK, 3), nearer.reset(TASK, 3)
+    nearer.close()
+    assert here["text"] == there["text"]
+    assert (here["images"]["corner2"] != there["images"]["corner2"]).mean() > 0.5
+
+
 def test_goals_are_seen_at_every_step(world):
     """Meta-World hides them by a bound made before one can say otherwise."""
     world.reset("reach-v3", 1)
@@ -50,7 +58,7 @@ def test_goals_are_seen_at_every_step(world):
 def test_the_text_is_where_things_are_from_the_hand():
     seen = np.zeros(39)
     seen[:4], seen[4:7], seen[36:39] = (0.1, 0.6, 0.2, 1.0), (0.0, 0.8, 0.1), (0.0, 0.8, 0.0)
-    assert told_in_words(seen, "button") == "grip 10, hand +20 +120 +40, button -20 +40 -20, goal +0 +0 -20"
+    assert told_in_words(seen, "button") == "grip 10, hand +20 +120 +40, button -20 +40 -20, goal -20 +40 -40"
 
 
 def test_unknown_tasks_and_cameras_are_named(world):

@@ -40,7 +40,7 @@ def test_test_and_training_start_states_never_meet():
     recipe = config.load(ROBOT)
     learnt, measured = starts(recipe, 0, 0, 1)
     assert not set(learnt.numbers) & set(measured.numbers)
-    with pytest.raises(ValueError, match=r"data.test is 15 start states .* begin at number 5: they would meet"):
+    with pytest.raises(ValueError, match=r"data.test is 20 start states .* begin at number 5: they would meet"):
         starts(config.load(ROBOT, ["data.first=5"]), 0, 0, 1)
 
 

@@ -187,14 +187,18 @@ def cross_entropy(model, adapter, examples):
     return cross_entropy(logits.float().transpose(1, 2), tokens, ignore_index=-100)
 
 
-def fit(model, loss_of: Callable[[], Any], steps: int, rate: float, name: str) -> None:
-    """AdamW with a short warm-up and a linear decay to a tenth."""
+def fit(
+    model, loss_of: Callable[[], Any], steps: int, rate: float, name: str, warmup: int = 50, final: float = 0.1
+) -> None:
+    """AdamW with a short warm-up and a linear decay to the part `final`."""
     import torch
     from rich.progress import track
 
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=rate, weight_decay=0.01)
-    shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - 0.9 * s / steps))
+    shape = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / warmup) * (1 - (1 - final) * s / steps)
+    )
     model.train()
     for step in track(range(steps), name):
         loss = loss_of()

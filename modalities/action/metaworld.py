@@ -4,6 +4,7 @@ tasks, each with a scripted expert. Rendered in software, without shadows: some 
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
 NEARER = (0.75, 0.075, 0.7)  # where camera "corner2" hangs for robot learning, as in lerobot: over the table
 LOOKS = {  # what each task says, and what its objects are
-    "reach-v3": ("reach the red ball", "ball"),
+    "reach-v3": ("reach the red ball", "puck"),
+    "reach-wall-v3": ("reach the red ball behind the wall", "puck"),
+    "door-unlock-v3": ("unlock the door", "lock"),
     "button-press-topdown-v3": ("press the button from above", "button"),
+    "button-press-topdown-wall-v3": ("press the button behind the wall from above", "button"),
     "button-press-v3": ("press the button on the wall", "button"),
     "drawer-close-v3": ("close the drawer", "drawer"),
     "drawer-open-v3": ("open the drawer", "drawer"),
@@ -40,7 +44,15 @@ class MetaWorld:
 
     size = 4  # the hand's movement x, y, z and the gripper's force, each in [-1, 1]
 
-    def __init__(self, camera: str = "corner2", width: int = 112, height: int = 112, horizon: int = HORIZON):
+    def __init__(
+        self,
+        camera: str = "corner2",
+        width: int = 112,
+        height: int = 112,
+        horizon: int = HORIZON,
+        moved: Sequence[float] = (0.0, 0.0, 0.0),
+    ):
+        """moved: how far "corner2" hangs from its place, in metres."""
         try:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -48,7 +60,7 @@ class MetaWorld:
         except ImportError as error:
             raise AssetError(f"Meta-World is not installed ({error}): pip install 'xmodal-opd[robot]'") from error
         self.mujoco, self.classes, self.experts = mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
-        self.camera, self.shape, self.horizon = camera, (height, width), horizon
+        self.camera, self.shape, self.horizon, self.moved = camera, (height, width), horizon, moved
         self.tasks = tuple(self.classes)
         self.worlds: dict[str, Any] = {}
         self.renderers: dict[tuple[str, int], Any] = {}
@@ -66,7 +78,7 @@ class MetaWorld:
             world = self.classes[task]()
             world._set_task_called, world._partially_observable, world.seeded_rand_vec = True, False, True
             vars(world).pop("sawyer_observation_space", None)  # made while goals were hidden: it would cut them to zero
-            world.model.cam_pos[world.model.camera("corner2").id] = NEARER
+            world.model.cam_pos[world.model.camera("corner2").id] = np.add(NEARER, self.moved)
             self.worlds[task] = world
         return self.worlds[task]
 
@@ -146,11 +158,11 @@ def drawn(world: Any, start: int) -> np.ndarray:
 
 
 def told_in_words(seen: np.ndarray, name: str) -> str:
-    """The state as text: where the hand is, and from there the object and the goal, in half centimetres.
+    """The state as text: where the hand is, and from it the object and the goal, in half centimetres.
 
     seen [39]: hand 0–2, gripper 3, object 4–6, second object 11–13, goal 36–38.
     """
     hand, found, goal = seen[:3], seen[4:7], seen[36:39]
-    parts = [("hand", hand), (name, found - hand), ("goal", goal - found)]
+    parts = [("hand", hand), (name, found - hand), ("goal", goal - hand)]
     grip = round(float(seen[3]) * 10)
     return f"grip {grip}, " + ", ".join(f"{who} " + " ".join(f"{round(v * 200):+d}" for v in at) for who, at in parts)
