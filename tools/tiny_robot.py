@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,12 @@ def demonstrate(job: tuple[str, int, bool, bool]) -> list[tuple[str, Any, Any]]:
     task, start, pushed, seen = job
     rng, world = random.Random(f"{task} {start}"), world_of_this_process(seen)
     observation, steps, calm, after = world.reset(task, start), [], [], 0
-    shoves = 0
+    pushes = shoves(rng, 0.04 if pushed else 0.0, 3, 10)
     while after < CHUNK and len(steps) < 260:
-        action = world.expert()
+        action, shove = world.expert(), next(pushes)
         steps.append((observation["text"], observation["images"].get(CAMERA), action))
-        if pushed and not shoves and rng.random() < 0.04:
-            shoves, shove = rng.randint(3, 10), [rng.uniform(-1, 1) for _ in range(SIZE)]
-        calm.append(not shoves or after > 0)
-        observation = world.act((action if calm[-1] else 0.3 * action + shove)[None])  # pyright: ignore[reportPossiblyUnboundVariable]
-        shoves = max(0, shoves - 1)
+        calm.append(shove is None or after > 0)
+        observation = world.act((action if calm[-1] else 0.3 * action + shove)[None])
         after += observation["success"]
     kept = [t for t in range(len(steps) - CHUNK) if all(calm[t : t + CHUNK])]
     return [(*steps[t][:2], [action for *_, action in steps[t : t + CHUNK]]) for t in kept]
@@ -64,16 +61,23 @@ def wander(job: tuple[str, int]) -> list[tuple[str, Any, None]]:
 
     task, start = job
     rng, world = random.Random(f"wander {task} {start}"), world_of_this_process(False)
-    observation, shoves, steps = world.reset(task, start), 0, []
-    for step in range(100):
+    observation, steps = world.reset(task, start), []
+    for step, shove in zip(range(100), shoves(rng, 0.08, 4, 14), strict=False):
         if step % 4 == start % 4:
             steps.append((observation["text"], MetaWorld.picture(world, PIXELS, PIXELS), None))
-        if not shoves and rng.random() < 0.08:
-            shoves, shove = rng.randint(4, 14), [rng.uniform(-1, 1) for _ in range(SIZE)]
         action = world.expert()
-        observation = world.act((0.2 * action + shove if shoves else action)[None])  # pyright: ignore[reportPossiblyUnboundVariable]
-        shoves = max(0, shoves - 1)
+        observation = world.act((action if shove is None else 0.2 * action + shove)[None])
     return steps
+
+
+def shoves(rng: random.Random, chance: float, shortest: int, longest: int) -> Iterator[list[float] | None]:
+    """What the hand is shoved by [SIZE] at every step, without end, or None: one begins with `chance`."""
+    while True:
+        if rng.random() < chance:
+            steps, shove = rng.randint(shortest, longest), [rng.uniform(-1, 1) for _ in range(SIZE)]
+            yield from [shove] * steps
+        else:
+            yield None
 
 
 def world_of_this_process(seen: bool) -> Any:
@@ -130,9 +134,9 @@ def make_model(tokenizer: Any, seed: int) -> Any:
 
 
 def keep_numbers_in_line(model: Any, ids: Sequence[int]) -> None:
-    """Embed every number as waves of its value, and keep it so: what is nearly a number is read nearly as that number.
-    With embeddings of their own, an encoder that is off by a centimetre says something else altogether, and the
-    gradient through the language model does not tell it where to go."""
+    """Embed every number as waves of its value, and keep it so, but for the decay of weights: what is nearly a number
+    is read nearly as that number. With embeddings of their own, an encoder that is off by a centimetre says something
+    else altogether, and the gradient through the language model does not tell it where to go."""
     import torch
 
     weight, where = model.get_input_embeddings().weight, torch.tensor(ids)

@@ -52,7 +52,9 @@ class MetaWorld:
         horizon: int = HORIZON,
         moved: Sequence[float] = (0.0, 0.0, 0.0),
     ):
-        """moved: how far "corner2" hangs from its place, in metres."""
+        """moved: how far "corner2" hangs from its place, x, y and z in metres."""
+        if len(moved) != 3:
+            raise ValueError(f"moved is x, y and z in metres, for example [-0.2, 0.1, 0]; got {moved}")
         try:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
