@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -31,6 +31,7 @@ CURVES = {  # title: the metrics drawn in one panel ("distill/" is every one tha
     "loss": ("loss",),
     "token KL, student ‖ teacher": ("distill/", "eval/token_kl"),
     "judge reward": ("reward",),
+    "success of sampled episodes": ("episode/success",),
 }
 
 
@@ -111,7 +112,7 @@ def _table(
     heads: Mapping[str, str], whole: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], width: int = 20
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=width)
+    table.add_column("", overflow="fold", max_width=width)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for name, part in {"all": whole, **(tasks if len(tasks) > 1 else {})}.items():
@@ -216,7 +217,7 @@ def _mean_sd(values: Sequence[float | None], scale: float = 100.0, digits: int =
 
 
 def curves(folder: Path) -> Path:
-    """FOLDER/curves.png from FOLDER/metrics.jsonl: both accuracies with the gap shaded, loss, token KL and reward."""
+    """FOLDER/curves.png from FOLDER/metrics.jsonl: both accuracies and the gap, loss, KL, reward and success."""
     rows = read(folder)
     panels = {title: found for title, names in CURVES.items() if (found := _found(rows, names))}
     accuracy = len(_found(rows, (TEXT, STUDENT))) == 2
@@ -231,7 +232,6 @@ def curves(folder: Path) -> Path:
             _line(axis, *series(rows, name), colour, name if len(panels[title]) > 1 else "")
         if len(panels.get(title, [])) > 1:
             axis.legend(frameon=False, fontsize=8)
-        axis.set_xlabel("step", color=QUIET)
     if accuracy:
         _gap(axes["accuracy"], [rows])
         axes["accuracy"].legend(frameon=False, fontsize=9)
@@ -248,7 +248,6 @@ def gap_figure(runs: Mapping[str, Sequence[Path]], path: Path) -> Path:
     for axis, (title, folders) in zip(axes, runs.items(), strict=True):
         _dress(axis, title)
         _gap(axis, [read(folder) for folder in folders])
-        axis.set_xlabel("step", color=QUIET)
     axes[0].set_ylabel("accuracy", color=QUIET)
     axes[0].legend(frameon=False, fontsize=9)
     return _save(figure, path)
@@ -269,7 +268,6 @@ def metrics_figure(runs: Mapping[str, Sequence[Path]], names: Sequence[str], pat
             mean, spread = lines.mean(0), lines.std(0, ddof=1) if len(lines) > 1 else np.zeros(len(steps))
             axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
             axis.plot(steps, mean, color=colour, linewidth=1.8, label=method)
-        axis.set_xlabel("step", color=QUIET)
     axes[0].legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
@@ -362,6 +360,9 @@ def _line(axis: Axes, steps: Sequence[int], values: Sequence[float], colour: str
 
 
 def _dress(axis: Axes, title: str) -> None:
+    """Every picture is over the steps of training."""
+    axis.set_xlabel("step", color=QUIET)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#c5ccd3")
