@@ -100,38 +100,41 @@ def test_a_camera_that_lerobot_has_not_is_named(policy):
         get_policy_class("xmodal")(replace(policy.config, recipe=""))
 
 
-EPISODES, TASK, SAYS = 20, "button-press-topdown-v3", {"Press a button from the top": "press the button from above"}
+EPISODES, TASK = 20, "button-press-topdown-wall-v3"
+SAYS = {"Bypass a wall and press a button from the top": "press the button behind the wall from above"}
 LEROBOT_EVAL = """
 from lerobot.envs.metaworld import MetaworldEnv
 from lerobot.scripts.lerobot_eval import main
 
 made = MetaworldEnv._ensure_env
 
-def made_and_moved(self):  # lerobot has no option for where its camera hangs
+def made_as_ours(self):  # lerobot has no option for where its camera hangs, nor for its 500 steps
     fresh = self._env is None
     made(self)
     if fresh:
         self._env.model.cam_pos[2] += {moved}
+        self._max_episode_steps = {horizon}
 
-MetaworldEnv._ensure_env = made_and_moved
+MetaworldEnv._ensure_env = made_as_ours
 main()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("XMODAL_LEROBOT" not in os.environ, reason="takes an hour: 500 steps an episode, drawn twice each")
+@pytest.mark.skipif(
+    "XMODAL_LEROBOT" not in os.environ, reason="takes twenty minutes: each step is drawn twice, in 480 x 480"
+)
 def test_lerobot_eval_counts_the_successes_that_our_own_runner_counts(tmp_path):
     """In the same world, but for its pictures: 480 x 480 with shadows there, scaled down; 112 x 112 without here."""
     pytest.importorskip("metaworld", reason="pip install 'xmodal-opd[robot]'")
-    options = [f"data.tasks=[{TASK}]", f"data.test={EPISODES}", "robot.options={horizon: 500}", "eval.kl=false"]
-    moved = config.load("configs/vla_opd.yaml").robot.options["moved"]
+    options = [f"data.tasks=[{TASK}]", f"data.test={EPISODES}", "eval.kl=false"]
     parts = inspect.measured(config.load("configs/vla_opd.yaml", options), None)
     pairs = [pair for _, pair in open_tests(parts.recipe).pairs(parts.adapter, epochs=1)]
     ours = sum(record["student_correct"] for record in measure.measured(parts, pairs))
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", PLUGIN]
     subprocess.run(install, check=True)
     command = [
-        *(sys.executable, "-c", LEROBOT_EVAL.format(moved=moved)),
+        *(sys.executable, "-c", LEROBOT_EVAL.format(**parts.recipe.robot.options)),
         "--policy.type=xmodal",
         f"--policy.recipe={ROOT / 'configs' / 'vla_opd.yaml'}",
         f"--policy.instructions={json.dumps(SAYS)}",
