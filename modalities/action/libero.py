@@ -7,7 +7,6 @@ model between the episodes of a task, which saves seconds and changes nothing (t
 shadows, reflections and antialiasing: other pictures, for a quarter of the time, and other numbers than published.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,11 +16,8 @@ from unittest.mock import patch
 import numpy as np
 
 from modalities.action.environment import AssetError, Observation
+from modalities.action.offscreen import DRIVER
 from modalities.action.protocols import HORIZONS
-
-os.environ.setdefault("MUJOCO_GL", "egl")  # Mesa's, where there is no GPU: it needs no display
-os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-DRIVER = "for an OpenGL driver, apt-get install libegl1 libgl1-mesa-dri libgles2, or MUJOCO_GL=osmesa and libosmesa6"
 
 try:
     import mujoco

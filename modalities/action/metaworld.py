@@ -2,7 +2,6 @@
 tasks, each with a scripted expert. Rendered in software, without shadows: some hundred pictures a second on one core.
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from modalities.action.environment import AssetError, Observation
+from modalities.action.offscreen import DRIVER
 
 HORIZON = 200  # steps; experts need some 80, and the package itself stops at 500
 BUFFERS = ("offsamples", "shadowsize")  # of what is drawn before it is a picture: antialiasing and shadows
-os.environ.setdefault("MUJOCO_GL", "egl")  # Mesa's, where there is no GPU: it needs no display
-os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-
 NEARER = (0.75, 0.075, 0.7)  # where camera "corner2" hangs for robot learning, as in lerobot: over the table
 LOOKS = {  # what each task says, and what its objects are
     "reach-v3": ("reach the red ball", "puck"),
@@ -131,10 +128,7 @@ class MetaWorld:
         try:
             return self.mujoco.Renderer(model, height, width)
         except Exception as error:  # MuJoCo raises what the driver does
-            raise AssetError(
-                f"MuJoCo finds no way to draw ({error}); on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri "
-                "libgles2, and MUJOCO_GL=egl"
-            ) from error
+            raise AssetError(f"MuJoCo finds no way to draw ({error}); {DRIVER}") from error
 
     def frame(self) -> np.ndarray:
         return self.picture(240, 240)
