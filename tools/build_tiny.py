@@ -94,6 +94,52 @@ def make_processor(tokenizer) -> Any:
     )
 
 
+SPECIAL = {
+    "audio_token_index": "<|AUDIO|>",
+    "image_token_index": "<|IMAGE|>",
+    "video_token_index": "<|VIDEO|>",
+    "vision_start_token_id": "<|vision_bos|>",
+    "vision_end_token_id": "<|vision_eos|>",
+    "audio_start_token_id": "<|audio_bos|>",
+    "audio_end_token_id": "<|audio_eos|>",
+    "user_token_id": "user",
+}
+
+
+def sizes(vocabulary: int, width: int) -> dict[str, dict[str, Any]]:
+    """The parts of a thinker's config, of about 4 million parameters at a width of 192."""
+    text = {
+        "vocab_size": (vocabulary + 63) // 64 * 64,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8]},
+        "tie_word_embeddings": True,
+    }
+    audio = {
+        "num_mel_bins": 80,
+        "d_model": 192,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 576,
+        "output_dim": width,
+        "n_window": 250,  # one attention window covers the longest clip
+        "max_source_positions": 256,
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0, 1, 2],  # windows of 112 pixels would cut lines of text
+    }
+    return {"text_config": text, "audio_config": audio, "vision_config": vision}
+
+
 def make_model(
     tokenizer,
     seed: int,
@@ -102,59 +148,20 @@ def make_model(
     audio: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A thinker with all its towers, of about 4 million parameters unless width and parts of its config are given."""
+    """A thinker with all its towers, of the `sizes` above but for what is given of its parts."""
     import torch
     import transformers
 
     from xmodal_opd.models import attend_in_blocks
 
     library: Any = transformers
-    token = tokenizer.convert_tokens_to_ids
-    config = library.Qwen2_5OmniThinkerConfig(
-        text_config={
-            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8]},
-            "tie_word_embeddings": True,
-            **(text or {}),
-        },
-        audio_config={
-            "num_mel_bins": 80,
-            "d_model": 192,
-            "encoder_layers": 3,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 576,
-            "output_dim": width,
-            "n_window": 250,  # one attention window covers the longest clip
-            "max_source_positions": 256,
-            **(audio or {}),
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": width,
-            "fullatt_block_indexes": [0, 1, 2],  # windows of 112 pixels would cut lines of text
-            **(vision or {}),
-        },
-        audio_token_index=token("<|AUDIO|>"),
-        image_token_index=token("<|IMAGE|>"),
-        video_token_index=token("<|VIDEO|>"),
-        vision_start_token_id=token("<|vision_bos|>"),
-        vision_end_token_id=token("<|vision_eos|>"),
-        audio_start_token_id=token("<|audio_bos|>"),
-        audio_end_token_id=token("<|audio_eos|>"),
-        user_token_id=token("user"),
-        tie_word_embeddings=True,
-    )
+    given = {"text_config": text or {}, "audio_config": audio or {}, "vision_config": vision or {}}
+    parts = {name: {**size, **given[name]} for name, size in sizes(len(tokenizer), width).items()}
+    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     torch.manual_seed(seed)
-    model = library.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model = library.Qwen2_5OmniThinkerForConditionalGeneration(
+        library.Qwen2_5OmniThinkerConfig(**parts, **tokens, tie_word_embeddings=True)
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return attend_in_blocks(model)
