@@ -42,8 +42,7 @@ def test_the_runner_of_benchmarks_counts_what_the_evaluation_counts(tmp_path):
     needs_a_driver()
     starts = [f"data.tasks=[{TASK}]", "data.test=5", "eval.kl=false"]
     ours = evaluate_only(config.load("vla_opd", starts), None, str(tmp_path / "ours.jsonl"))
-    world = ["--option", "horizon=100", "--option", f"moved={list(MOVED)}"]
-    options = [*world, "--workers", "2", "--episodes-per-task", "5", "--output", tmp_path / "theirs"]
+    options = ["--workers", "2", "--episodes-per-task", "5", "--output", tmp_path / "theirs"]
     model = ["--policy", ASSETS / "tiny_robot", "--recipe", "configs/vla_opd.yaml", "--tasks", TASK]
     command = [sys.executable, "tools/eval_robot.py", "--suite", "metaworld", *model, *options]
     subprocess.run(list(map(str, command)), check=True, cwd=Path(__file__).parents[1])

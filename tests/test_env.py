@@ -350,7 +350,9 @@ def test_an_episode_can_be_cut_and_be_seen_under_another_view(brain, pool):
     assert not set(lengths[0]) & set(lengths[1])
 
 
-@pytest.mark.parametrize("fault, timeout", [("die", 60.0), pytest.param("sleep", 30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fault, timeout", [("die", 60.0), ("stumble", 60.0), pytest.param("sleep", 30.0, marks=pytest.mark.slow)]
+)
 def test_a_lost_worker_costs_an_episode_that_is_run_again_to_the_same_end(brain, pool, tmp_path, fault, timeout):
     expected = sampler(brain, pool).generate(PAIRS[1:3], {"two": WARM}, seed=1)["two"]
     bad = troubled(fault, timeout=timeout, once=tmp_path / "once")
@@ -367,7 +369,7 @@ def test_an_episode_that_always_loses_its_worker_ends_the_run_with_its_name(brai
         sampler(brain, bad).generate(PAIRS, {"a": GREEDY}, seed=0)
     assert bad.lost == 3
     bad.close()
-    with pytest.raises(Failed, match="environment 'trouble:Trouble' cannot act: the arm left the table"):
+    with pytest.raises(Failed, match="environment 'trouble:Trouble' cannot act: there is no such action"):
         sampler(brain, troubled("refuse")).generate(PAIRS, {"a": GREEDY}, seed=0)
 
 

@@ -1,5 +1,6 @@
 """The evaluation of robots: what is counted, what survives, what is refused. Real workers, with the toy's world."""
 
+import argparse
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 
 from modalities.action.protocols import HORIZONS, PROTOCOLS
 from tools import eval_robot
-from tools.robot_policies import Expert, Nothing, Recorded, Seat, Together, in_units, make, prepared
+from tools.robot_policies import Expert, Nothing, Recorded, Seat, Together, Unusable, in_units, make, prepared
+from xmodal_opd import config
 from xmodal_opd.statistics import wilson_interval
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +77,33 @@ def test_a_second_run_does_what_is_left_and_refuses_other_settings(tmp_path):
         run("--option", "horizon=20", output=tmp_path)
     with pytest.raises(ValueError, match="holds episodes with policy 'expert', and this run has 'nothing'"):
         run(output=tmp_path, policy="nothing")
+
+
+def test_actions_that_a_kill_tore_are_dropped_and_those_before_and_after_can_be_played(tmp_path):
+    run("--episodes-per-task", "2", "--tasks", "reach", "--record", output=tmp_path)
+    actions, episodes = tmp_path / "actions.jsonl", tmp_path / "episodes.jsonl"
+    episodes.write_text("".join(episodes.read_text().splitlines(keepends=True)[:2]))
+    actions.write_text(actions.read_text()[:-20])
+    run("--episodes-per-task", "2", "--tasks", "reach", "--record", output=tmp_path)
+    assert sorted(Recorded(actions).actions) == ["reach/0", "reach/1"]
+    episodes.write_text("no JSON\n")
+    with pytest.raises(ValueError, match=r"episodes.jsonl is no file of this program .* name another --output"):
+        run(output=tmp_path)
+
+
+def test_a_model_is_measured_in_the_world_of_its_recipe():
+    def asked(*more, suite="metaworld"):
+        return eval_robot.parser().parse_args(["--suite", suite, "--policy", "p", "--output", "o", *more])
+
+    recipe, of = ["--recipe", "configs/vla_opd.yaml"], dict(config.load("vla_opd").robot.options)
+    assert of["moved"] and eval_robot.environment(asked(*recipe), None) == ("metaworld", of)
+    shorter = eval_robot.environment(asked(*recipe, "--option", "horizon=9"), None)
+    assert shorter == ("metaworld", {**of, "horizon": 9})
+    assert eval_robot.environment(asked(*recipe, suite="toy"), None) == ("toy", {})
+    usual = {"ws://127.0.0.1:1": "openpi", "lerobot:here": "lerobot", "http://127.0.0.1:1": "openvla_oft"}
+    for policy, name in usual.items():
+        assert eval_robot.protocol_of(asked("--policy", policy, suite="libero_10")) == name
+    assert eval_robot.protocol_of(asked("--protocol", "openpi", suite="libero_10")) == "openpi"
 
 
 def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
@@ -139,6 +169,11 @@ def test_wrong_words_are_refused_in_a_sentence(tmp_path):
         run("--protocol", "openpi", output=tmp_path)
     with pytest.raises(ValueError, match="--option takes NAME=JSON"):
         run("--option", "horizon", output=tmp_path)
+    with pytest.raises(ValueError, match="horizon is a number of steps from 1 on, not -5"):
+        run("--option", "horizon=-5", output=tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is not a number from 1 on"):
+        eval_robot.positive("0")
+    assert eval_robot.chosen(["reach", "push"], "reach,push,0") == ["reach", "push"]
     with pytest.raises(ValueError, match="there is no policy 'best'"):
         make("best", size=3, rules=None, recipe=None)
     with pytest.raises(RuntimeError, match="no environment 'mars'"):
@@ -158,6 +193,7 @@ def test_protocols_are_the_published_ones():
         400,
     ]
     assert (oft.horizons, oft.seed, oft.chunk, oft.resize, oft.crop, oft.jpeg) == (HORIZONS, 0, 8, 224, True, True)
+    assert (lerobot.seed, lerobot.chunk, lerobot.resize, lerobot.jpeg) == (1000, None, None, False)
     assert (pi.horizons, pi.seed, pi.chunk, pi.resize, pi.crop) == (HORIZONS, 7, 5, 224, False)
     assert set(simple.horizons.values()) == {512} and simple.fixtures == "first"
     assert lerobot.horizons["libero_spatial"] == 280 and lerobot.seed == 1000 and lerobot.fixtures == "seed"
@@ -217,6 +253,22 @@ def test_a_policy_that_raises_is_heard_by_all_who_wait():
 
     with pytest.raises(ValueError, match="no weights"):
         Together(Failing()).act(Seat("a/0", "a", 0, {}, lambda: np.zeros(3)))
+
+
+def test_an_answer_that_is_no_action_is_its_own_episodes_alone():
+    class Partly(Counting):
+        def act(self, seats):
+            if any(seat.start == 1 for seat in seats):
+                raise Unusable("not finite")
+            return super().act(seats)
+
+    together, told = Together(Partly()), {}
+    seats = [Seat(f"a/{start}", "a", start, {}, lambda: np.zeros(3)) for start in range(3)]
+    waiting = [(seat, Future()) for seat in seats]
+    together.answer(waiting)
+    for seat, future in waiting:
+        told[seat.start] = "failed" if future.exception() else int(future.result()[0, 0])
+    assert told == {0: 0, 1: "failed", 2: 2}
 
 
 def test_simple_policies_answer_with_chunks():

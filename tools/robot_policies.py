@@ -249,8 +249,16 @@ class Model:
         self.episodes.pop(key, None)
 
     def act(self, seats: Sequence[Seat]) -> list[np.ndarray]:
+        from xmodal_opd.types import SampleError
+
         episodes = [self.episode(seat) for seat in seats]
-        self.sampler.decide(episodes, seed=0)
+        turns = [len(episode.decisions) for episode in episodes]
+        try:
+            self.sampler.decide(episodes, seed=0)
+        except SampleError as error:
+            for episode, turn in zip(episodes, turns, strict=True):
+                del episode.decisions[turn:]
+            raise Unusable(str(error)) from error
         for episode in episodes:  # what was seen is not needed again, and may be large
             episode.decisions[-1] = replace(episode.decisions[-1], pair=episode.pair)
         return [episode.actions for episode in episodes]
@@ -281,18 +289,24 @@ class Lerobot:
             from lerobot.utils.import_utils import register_third_party_plugins
         except ImportError as error:
             raise ValueError(f"lerobot is not installed ({error}): pip install 'xmodal-opd[lerobot]'") from error
+        files = {"files": fingerprint(folder)}
         register_third_party_plugins()
         config = PreTrainedConfig.from_pretrained(folder)
         if (seen := getattr(config, "n_obs_steps", 1)) > 1:
             raise ValueError(
                 f"{folder} looks at {seen} observations at a time; only policies that look at one are asked"
             )
+        if getattr(config, "temporal_ensemble_coeff", None) is not None:
+            raise ValueError(
+                f"{folder} averages its chunks over time (temporal_ensemble_coeff), which is not done here"
+            )
         self.policy = get_policy_class(config.type).from_pretrained(folder).eval()
         overrides = {"device_processor": {"device": str(config.device)}}
         self.before, self.after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
         self.names = list(config.image_features)
         self.chunk = getattr(config, "n_action_steps", 1)
-        self.rules, self.identity = rules, {"files": fingerprint(folder)}
+        self.state = getattr(config.robot_state_feature, "shape", None)
+        self.rules, self.identity = rules, files
 
     def reset(self, key: str) -> None: ...
 
@@ -307,6 +321,9 @@ class Lerobot:
         """Pictures in the order of the policy's own names, from 0 to 1, channels first."""
         import torch
 
+        has = len(seats[0].seen["state"])
+        if self.state and self.state != (has,):
+            raise ValueError(f"the policy reads a state of {self.state[0]} numbers, and the robot has {has}")
         batch: dict[str, Any] = {"task": [seat.seen["instruction"] for seat in seats]}
         batch["observation.state"] = torch.tensor(np.stack([seat.seen["state"] for seat in seats]), dtype=torch.float32)
         images = [list(prepared(seat.seen["images"], self.rules).values()) for seat in seats]
@@ -356,6 +373,13 @@ class Together:
     def answer(self, some: Sequence[tuple[Seat, Future[np.ndarray]]]) -> None:
         try:
             answers = self.policy.act([seat for seat, _ in some])
+        except Unusable as error:  # of one of them: each is asked alone
+            if len(some) > 1:
+                for one in some:
+                    self.answer([one])
+            else:
+                some[0][1].set_exception(error)
+            return
         except Exception as error:  # all who wait must hear of it
             for _, future in some:
                 future.set_exception(error)

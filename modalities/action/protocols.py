@@ -30,7 +30,7 @@ class Protocol:
     resize: int | None = None  # pixels a side of what the policy sees
     lobes: int = 3  # of the interpolation: 3 Lanczos, 1 bilinear
     crop: bool = False  # whether the model sees the middle nine tenths of the area; it is the model's to do
-    chunk: int = 1  # actions taken of those that a decision returns
+    chunk: int | None = None  # actions taken of those that a decision returns; None: all
     gripper: str = "env"  # what a served policy's last number is: "env" -1 opens, "openvla" 1 opens and 0 closes
 
 

@@ -19,11 +19,13 @@ from xmodal_opd.background import later
 from xmodal_opd.wire import receive, send
 
 PRINTED = 4000  # bytes of what a worker printed that are kept
+REFUSALS = ("AssetError", "ValueError", "TypeError")  # what would fail again; other errors are a simulator's own
 LEAVING = 2.0  # seconds a process has to be gone, by itself so that its status is known, or killed
 
 
 class Lost(RuntimeError):
-    """A worker died, hung or broke its stream; the message says which. It starts anew when it is next asked."""
+    """A worker died, hung, broke its stream, or its simulator raised what is no refusal; the message says which. It
+    starts anew when it is next asked."""
 
 
 class Failed(RuntimeError):
@@ -159,6 +161,8 @@ class Worker:
             raise self.lost(f"its stream has noise on it ({error})") from error
         if "error" not in reply:
             return reply["value"]
+        if request is not None and reply["kind"] not in REFUSALS:
+            raise self.lost(f"it cannot {request[0]}: {reply['error']}")
         doing = f"cannot {request[0] if request else 'start'}"
         error = Failed(f"environment {self.name!r} {doing}: {reply['error']}", reply["kind"])
         error.add_note(link.printed.decode(errors="replace"))
