@@ -136,7 +136,7 @@ def trained_in(recipe: str | None, suite: str) -> dict[str, Any]:
         return {}
     from xmodal_opd import config
 
-    robot = config.load(recipe, []).robot
+    robot = getattr(config.load(recipe, []), "robot", None)  # a recipe of another modality is refused with its model
     return dict(robot.options) if robot and robot.name == suite else {}
 
 
@@ -186,7 +186,7 @@ class Ledger:
         """Raises ValueError when the folder holds episodes of another setting."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "episodes.jsonl"
-        setting = json.loads(json.dumps(asdict(self.setting)))
+        setting: dict[str, Any] = json.loads(json.dumps(asdict(self.setting)))
         told = whole_lines(path)
         if told and (other := [name for name in setting if told[0].get(name) != setting[name]]):
             raise ValueError(
