@@ -1,10 +1,14 @@
 """Meta-World for real: start states, experts, pictures, and words for what is there."""
 
+import sys
+from ctypes.util import find_library
+
 import numpy as np
 import pytest
 
 from modalities.action.environment import AssetError, make
 from modalities.action.metaworld import LOOKS, MetaWorld, told_in_words
+from xmodal_opd.rollout.workers import Failed, Workers
 
 TASK = "coffee-button-v3"
 
@@ -74,3 +78,28 @@ def test_unknown_tasks_and_cameras_are_named(world):
 
 def test_every_task_with_words_of_its_own_exists(world):
     assert set(LOOKS) <= set(world.tasks)
+
+
+@pytest.mark.parametrize(
+    ("around", "words"),
+    [
+        ({"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"}, r"Meta-World cannot start \(.*PYOPENGL_PLATFORM"),
+        ({"MUJOCO_GL": "crayons"}, r"Meta-World cannot start \(.*crayons"),
+        pytest.param(
+            {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"},
+            r"Meta-World cannot start \(",
+            marks=pytest.mark.skipif(bool(find_library("OSMesa")), reason="libosmesa6 is here"),
+        ),
+    ],
+    ids=["two platforms", "no platform", "no osmesa"],
+)
+def test_a_driver_that_is_not_there_is_told_with_what_to_install(around, words):
+    command = [sys.executable, "-m", "modalities.action.worker", "metaworld", "{}"]
+    with pytest.raises(Failed, match=words + r".*apt-get install .*libosmesa6$") as told:
+        Workers(command, 1, 120.0, around, name="metaworld").about()
+    assert told.value.kind == "AssetError"
+
+
+def test_a_picture_larger_than_meta_worlds_is_refused(world):
+    with pytest.raises(ValueError, match=r"^a picture of 4000 x 112 is asked for; Meta-World's are \d+ x \d+ at most$"):
+        MetaWorld(width=4000).reset(TASK, 0)

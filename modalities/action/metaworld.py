@@ -56,8 +56,14 @@ class MetaWorld:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
             from metaworld.policies import ENV_POLICY_MAP
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise AssetError(f"Meta-World is not installed ({error}): pip install 'xmodal-opd[robot]'") from error
+        except (
+            ImportError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # so mujoco and PyOpenGL tell that there is no driver
+            raise AssetError(f"Meta-World cannot start ({error}): {DRIVER}") from error
         self.mujoco, self.classes, self.experts = mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
         self.camera, self.shape, self.horizon, self.moved = camera, (height, width), horizon, moved
         self.tasks = tuple(self.classes)
@@ -125,6 +131,11 @@ class MetaWorld:
         cameras = [model.camera(i).name for i in range(model.ncam)]
         if self.camera not in cameras:
             raise ValueError(f"there is no camera {self.camera!r}; there are: {', '.join(cameras)}")
+        widest, highest = model.vis.global_.offwidth, model.vis.global_.offheight
+        if width > widest or height > highest:
+            raise ValueError(
+                f"a picture of {width} x {height} is asked for; Meta-World's are {widest} x {highest} at most"
+            )
         try:
             return self.mujoco.Renderer(model, height, width)
         except Exception as error:  # MuJoCo raises what the driver does
