@@ -107,6 +107,23 @@ def test_a_task_and_a_start_that_do_not_exist_are_named():
         Toy().reset("push", -1)
 
 
+@pytest.mark.parametrize(
+    ("actions", "words"),
+    [
+        (np.full((1, 3), np.nan), "with NaN or infinity in it"),
+        (np.zeros((1, 5)), r"of shape \(1, 5\)"),
+        (np.zeros(3), r"of shape \(3,\)"),
+        (np.zeros((0, 3)), r"of shape \(0, 3\)"),
+    ],
+)
+def test_what_is_no_chunk_of_actions_moves_nothing(actions, words):
+    toy = Toy()
+    before = toy.reset("push", 0)
+    with pytest.raises(ValueError, match=rf"a chunk of actions is \[C, 3\] finite numbers, not one {words}"):
+        toy.act(actions)
+    assert toy.observed()["text"] == before["text"] and toy.steps == 0
+
+
 # ---- workers
 
 

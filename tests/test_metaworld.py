@@ -43,6 +43,15 @@ def test_the_expert_succeeds_and_doing_nothing_does_not(world):
     assert seen["done"] and not seen["success"] and seen["steps"] == 200
 
 
+def test_an_action_that_is_no_number_is_refused_before_mujoco_resets_its_physics(world):
+    before = world.reset(TASK, 3)["text"]
+    with pytest.raises(ValueError, match=r"\[C, 4\] finite numbers, not one with NaN or infinity in it"):
+        world.act(np.full((1, 4), np.nan))
+    with pytest.raises(ValueError, match=r"\[C, 4\] finite numbers, not one of shape \(1, 7\)"):
+        world.act(np.zeros((1, 7)))
+    assert world.observation()["text"] == before and world.steps == 0
+
+
 def test_a_camera_that_hangs_elsewhere_sees_the_same_state_in_another_picture(world):
     nearer = MetaWorld(width=56, height=56, moved=(-0.2, 0.12, -0.13))
     here, there = world.reset(TASK, 3), nearer.reset(TASK, 3)

@@ -58,6 +58,17 @@ class Environment(Protocol):
     def close(self) -> None: ...
 
 
+def chunk_of(actions: Any, size: int) -> np.ndarray:
+    """Actions as a chunk [C, size], C at least 1. Raises ValueError for another shape, and for numbers that are none:
+    a simulator would take them, and be somewhere else afterwards."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or not len(actions) or actions.shape[1] != size:
+        raise ValueError(f"a chunk of actions is [C, {size}] finite numbers, not one of shape {actions.shape}")
+    if not np.isfinite(actions).all():
+        raise ValueError(f"a chunk of actions is [C, {size}] finite numbers, not one with NaN or infinity in it")
+    return actions
+
+
 def make(name: str, options: Mapping[str, Any]) -> Environment:
     """An environment by its name in ENVIRONMENTS, or as module:class. Raises AssetError, naming what is missing."""
     where = name if ":" in name else ENVIRONMENTS.get(name)

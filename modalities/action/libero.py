@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from modalities.action.environment import AssetError, Observation
+from modalities.action.environment import AssetError, Observation, chunk_of
 from modalities.action.offscreen import DRIVER
 from modalities.action.protocols import HORIZONS
 
@@ -41,13 +41,6 @@ OPEN, CLOSED = -1.0, 1.0  # the last number of an action
 def known(name: str, names: Iterable[str], what: str) -> None:
     if name not in names:
         raise ValueError(f"LIBERO has no {what} {name!r}; there are: {', '.join(names)}")
-
-
-def chunk_of(actions: np.ndarray, size: int) -> np.ndarray:
-    if actions.ndim != 2 or not len(actions) or actions.shape[1] != size or not np.isfinite(actions).all():
-        told = "with NaN or infinity in it" if actions.shape[-1:] == (size,) else f"of shape {actions.shape}"
-        raise ValueError(f"a chunk of actions is [C, {size}] finite numbers, not one {told}")
-    return actions
 
 
 ORDINARY = binding.MjRenderContext.__init__

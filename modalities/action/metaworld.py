@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from modalities.action.environment import AssetError, Observation
+from modalities.action.environment import AssetError, Observation, chunk_of
 from modalities.action.offscreen import DRIVER
 
 HORIZON = 200  # steps; experts need some 80, and the package itself stops at 500
@@ -88,7 +88,7 @@ class MetaWorld:
         return self.worlds[task]
 
     def act(self, actions: np.ndarray) -> Observation:
-        for action in np.asarray(actions, np.float32).clip(-1, 1):
+        for action in chunk_of(actions, self.size).astype(np.float32).clip(-1, 1):
             if self.over():
                 break
             self.seen, _, _, _, told = self.world.step(action)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from modalities.action.environment import AssetError, Observation
+from modalities.action.environment import AssetError, Observation, chunk_of
 
 MOST = 1000  # seeds tried for one start state
 Seeds = list[tuple[int, dict[str, Any]]]  # those that count, and what their scenes are made of
@@ -106,9 +106,7 @@ class RoboTwin:
             env.close_env()
 
     def act(self, actions: np.ndarray) -> Observation:
-        if actions.ndim != 2 or actions.shape[1] != self.size or not np.isfinite(actions).all():
-            raise ValueError(f"a chunk of actions is [C, {self.size}] finite numbers, not one of shape {actions.shape}")
-        for action in actions:
+        for action in chunk_of(actions, self.size):
             if self.over():
                 break
             self.env.take_action(action, action_type="qpos")

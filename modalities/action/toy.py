@@ -6,7 +6,7 @@ The table is the unit square. A step moves the hand by up to `STEP`; the third n
 
 import numpy as np
 
-from modalities.action.environment import Observation
+from modalities.action.environment import Observation, chunk_of
 
 COLOURS = {"red": (210, 50, 45), "green": (60, 160, 70), "blue": (50, 90, 210), "yellow": (230, 190, 40)}
 INSTRUCTIONS = {
@@ -58,7 +58,7 @@ class Toy:
         return f"{', '.join(told)}, hand {'closed' if self.closed else 'open'}"
 
     def act(self, actions: np.ndarray) -> Observation:
-        for action in np.clip(np.asarray(actions, np.float64), -1, 1):
+        for action in np.clip(chunk_of(actions, self.size).astype(np.float64), -1, 1):
             if self.success or self.steps >= self.horizon:
                 break
             self.step(action)
