@@ -73,6 +73,16 @@ def test_pictures_of_chunks_are_those_of_single_steps_and_a_soft_reset_starts_wh
     assert (seen[False][1]["images"]["agentview"] != seen[False][2]["images"]["agentview"]).any()
 
 
+def test_who_does_not_wait_sees_the_initial_state():
+    env = Libero("libero_object", pixels=64, render="fast", wait=0)
+    seen = env.reset(env.tasks[0], 3)
+    assert {name: image.shape for name, image in seen["images"].items()} == dict.fromkeys(env.cameras, (64, 64, 3))
+    assert seen["steps"] == 0 and np.abs(seen["images"]["agentview"].astype(int) - env.frame()).mean() < 1
+    after = env.act(np.tile([1.0, 0, 0, 0, 0, 0, -1], (3, 1)))
+    assert after["steps"] == 3 and (after["images"]["agentview"] != seen["images"]["agentview"]).any()
+    env.close()
+
+
 def test_a_start_state_is_the_same_whatever_ran_before_and_fixtures_move_with_the_turn():
     env = Libero("libero_goal", cameras=(), wait=1)
     task = env.tasks[0]

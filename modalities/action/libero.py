@@ -104,6 +104,8 @@ class Libero:
         for number in range(self.wait):
             self.wake(number == self.wait - 1)
             self.seen, *_ = self.env.step(NOTHING)
+        if not self.wait:
+            self.look()
         self.lying = self.thing()[2] if self.solvable() else 0.0
         return self.observation()
 
@@ -146,10 +148,14 @@ class Libero:
             self.seen, _, self.success, _ = self.env.step(action)
             self.steps += 1
             if self.success:
-                self.wake(True)
-                self.seen = self.env.env._get_observations(force_update=True)
+                self.look()
                 break
         return self.observation()
+
+    def look(self) -> None:
+        """See what is there now, between two steps."""
+        self.wake(True)
+        self.seen = self.env.env._get_observations(force_update=True)
 
     def wake(self, awake: bool) -> None:
         """Whether the cameras take pictures in the next step, at the moment the other sensors measure."""
