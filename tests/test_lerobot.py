@@ -1,6 +1,8 @@
 """Episodes become a LeRobotDataset that lerobot's own reader reads, and a LeRobotDataset decisions in shards."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,10 +100,36 @@ def test_what_is_no_dataset_is_refused(folder, episodes, tmp_path):
         write_decisions(str(folder), tmp_path / "out", text="words")
     with pytest.raises(ValueError, match=r"no meta/info.json"):
         write_decisions(str(tmp_path), tmp_path / "out")
+    for nowhere in ("/nope", str(tmp_path / "gone"), "./gone", "data/lerobot/gone"):
+        with pytest.raises(ValueError, match=rf"there is no folder {nowhere}, and no dataset on the hub can have"):
+            write_decisions(nowhere, tmp_path / "out")
     (tmp_path / "old" / "meta").mkdir(parents=True)
     (tmp_path / "old" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.1"):
         write_decisions(str(tmp_path / "old"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("column", "text"), [("action", None), ("observation.state", "observation.state")])
+def test_a_number_that_is_none_is_refused_with_its_place(episodes, tmp_path, column, text):
+    spoilt = list(episodes[1])
+    action, state = spoilt[2].action.copy(), spoilt[2].seen["state"].copy()
+    (action if column == "action" else state)[1] = np.nan
+    spoilt[2] = replace(spoilt[2], action=action, seen=spoilt[2].seen | {"state": state})
+    write(tmp_path / "spoilt", [episodes[0], spoilt], fps=10, robot="toy")
+    with pytest.raises(
+        ValueError, match=rf"column '{column}' of .*spoilt has NaN or infinity in frame 2 of episode 1,"
+    ):
+        write_decisions(str(tmp_path / "spoilt"), tmp_path / "out", text=text, progress=False)
+    assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def test_statistics_that_are_no_numbers_are_refused(episodes, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "toy")
+    stats = json.loads((tmp_path / "toy" / "meta" / "stats.json").read_text())
+    stats["action"]["q01"][0] = float("nan")
+    (tmp_path / "toy" / "meta" / "stats.json").write_text(json.dumps(stats))
+    with pytest.raises(ValueError, match=r"meta/stats.json of .*toy has NaN or infinity as q01 of 'action'"):
+        write_decisions(str(tmp_path / "toy"), tmp_path / "out", progress=False)
 
 
 def test_an_interruption_leaves_a_whole_dataset(episodes, tmp_path):

@@ -3,6 +3,7 @@ what was seen before it. Episodes in a simulator become such a dataset, and such
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +20,7 @@ from modalities.vision import media as sight
 IMAGES, STATE, ACTION, TEXT = "observation.images.", "observation.state", "action", "state_text"
 DECODER = "pyav"  # of videos: it brings its own codecs, where torchcodec needs ffmpeg's libraries
 STATISTICS = "dataset_statistics.json"  # beside shards: what load_normalizer reads
+ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 KINDS = ("min", "max", "mean", "std", "q01", "q99")
 
 Ask = Callable[..., Any]  # a command of modalities/action/worker.py and its arguments -> the answer
@@ -148,21 +150,28 @@ def write_decisions(
     for name, what in ((column, "teacher's text"), (ACTION, "actions")):
         if name not in dataset.features:
             raise ValueError(f"{source} has no column {name!r} for the {what}; it has: {', '.join(dataset.features)}")
-    places, actions = decisions(dataset, chunk, stride or chunk), all_actions(dataset)
+    places, actions = decisions(dataset, chunk, stride or chunk), finite(dataset, {ACTION, column})
+    told = {kind: np.asarray(dataset.meta.stats[ACTION][kind]) for kind in KINDS}
+    if broken := [kind for kind in KINDS if not np.isfinite(told[kind]).all()]:
+        raise ValueError(
+            f"meta/stats.json of {source} has NaN or infinity as {broken[0]} of {ACTION!r}; compute it anew"
+        )
     settings = {"kind": "lerobot", "records": digest(dataset), "chunk": chunk, "stride": stride or chunk}
 
     def render(numbers: Sequence[int]) -> Iterator[Mapping[str, bytes]]:
         return (sample(dataset, places[n], actions, column) for n in numbers)
 
     index = write_shards(folder, settings | {"text": column}, len(places), render, per_shard, progress)
-    told = {kind: np.asarray(dataset.meta.stats[ACTION][kind]).tolist() for kind in KINDS}
-    Path(folder, STATISTICS).write_text(json.dumps({Path(source).name: {"action": told}}))
+    numbers = {kind: values.tolist() for kind, values in told.items()}
+    Path(folder, STATISTICS).write_text(json.dumps({Path(source).name: {"action": numbers}}))
     return index
 
 
 def opened(source: str) -> Any:
-    """Raises ValueError for a folder that holds no dataset of version 3."""
+    """Raises ValueError for a folder that is not there, or holds no dataset of version 3."""
     here = Path(source).is_dir()
+    if not here and not ON_THE_HUB.fullmatch(source):
+        raise ValueError(f"there is no folder {source}, and no dataset on the hub can have that name, as OWNER/NAME")
     if here and not Path(source, "meta", "info.json").is_file():
         raise ValueError(f"{source} holds no LeRobotDataset: it has no meta/info.json")
     version = json.loads(Path(source, "meta", "info.json").read_text()).get("codebase_version") if here else "v3.0"
@@ -185,9 +194,20 @@ def decisions(dataset: Any, chunk: int, stride: int) -> list[Decision]:
     ]
 
 
-def all_actions(dataset: Any) -> np.ndarray:
-    """[frames, size]"""
-    return np.stack(dataset.hf_dataset.select_columns([ACTION]).with_format("numpy")[:][ACTION])
+def finite(dataset: Any, columns: Iterable[str]) -> np.ndarray:
+    """The actions [frames, size]. Raises ValueError where one of the columns has a number that is none."""
+    rows = dataset.hf_dataset.select_columns([*columns, "episode_index", "frame_index"]).with_format("numpy")[:]
+    for name in sorted(columns):
+        values = np.stack(rows[name])
+        broken = np.argwhere(~np.isfinite(values)) if np.issubdtype(values.dtype, np.floating) else ()
+        if len(broken):
+            row = broken[0][0]
+            where = f"frame {rows['frame_index'][row]} of episode {rows['episode_index'][row]}"
+            raise ValueError(
+                f"column {name!r} of {dataset.root} has NaN or infinity in {where}, and {len(broken)} such numbers in "
+                "all; leave out what is broken"
+            )
+    return np.stack(rows[ACTION])
 
 
 def digest(dataset: Any) -> str:
