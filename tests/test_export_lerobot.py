@@ -54,6 +54,12 @@ def test_episodes_of_an_expert_and_of_a_policy_become_datasets(export, capsys):
     assert not export("--split", "test", "--episodes", "1", "student")[0]["next.success"]
 
 
+def test_a_policy_that_is_none_is_told_before_anything_is_played(export, tmp_path):
+    with pytest.raises(SystemExit, match=r"there is no policy 'ghost'; there are: student, teacher, expert$"):
+        export("--policy", "ghost", "--episodes", "1", "ghost")
+    assert not (tmp_path / "ghost").exists()
+
+
 def test_no_success_is_no_dataset(export):
     with pytest.raises(SystemExit, match="there are no episodes to write"):
         export("--episodes", "1", "--successes", "robot.options={horizon: 4}", "none")

@@ -54,11 +54,19 @@ def export(options: argparse.Namespace) -> tuple[int, int]:
         raise ValueError(f"{options.recipe} is a recipe of modality {recipe.modality}; robots have recipes of action")
     parts: Any = inspect.measured(recipe, options.checkpoint)
     try:
+        refuse_policy(parts.adapter, options.policy)
         played = episodes(parts, options)
         kept = (steps for steps in played if steps[-1].success or not options.successes)
         return write(options.out, kept, fps=options.fps, robot=recipe.robot.name, video=options.video)
     finally:
         parts.sampler.workers.close()
+
+
+def refuse_policy(adapter: Any, policy: str) -> None:
+    """Raises ValueError for a policy that is neither a view nor the expert."""
+    have = ["student", *(["teacher"] if adapter.privileged else []), *adapter.derive, "expert"]
+    if policy not in have:
+        raise ValueError(f"there is no policy {policy!r}; there are: {', '.join(have)}")
 
 
 def episodes(parts: Any, options: argparse.Namespace) -> Iterator[list[Any]]:

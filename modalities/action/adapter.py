@@ -63,7 +63,10 @@ class ActionAdapter(ChatAdapter):
     def image(self, key: str, images: Mapping[str, np.ndarray], camera: str) -> Any:
         if camera not in images:
             have = ", ".join(sorted(images)) or "none"
-            raise ValueError(f"the robot has no camera {camera!r}; there are: {have}")
+            raise ValueError(
+                f"the robot has no camera {camera!r}; there are: {have}; others that a simulator has it draws when its "
+                "options name them: robot.options.camera on metaworld, robot.options.cameras on libero and robotwin"
+            )
         try:
             whole = sight.from_array(images[camera])
         except SampleError as error:

@@ -64,20 +64,28 @@ def load_normalizer(source: str | Path, key: str | None, kind: Kind = "quantiles
     """The statistics `key` of a checkpoint's folder or a JSON file: {key: {"action": {"q01": […], …, "mask": […]}}}, in
     a config.json under "norm_stats". The suffix "_no_noops" is tried as well; where there is one key, None means it.
 
-    Raises ValueError when there are none of that key or kind, naming those that exist.
+    Raises ValueError when there are none of that key or kind, naming those that exist, and where they are no numbers.
     """
     every = statistics(Path(source))
     wanted = [*every] if key is None and len(every) == 1 else [key, f"{key}_no_noops"]
     name = next((name for name in wanted if name in every), None)
     if name is None:
         have = ", ".join(sorted(every))
-        raise ValueError(f"{source} has no action statistics {key!r}; there are: {have}")
-    found = every[name].get("action", {})
-    low, high = KINDS[kind]
+        asked = (
+            "action statistics of several datasets, and a key must name one"
+            if key is None
+            else f"no action statistics {key!r}"
+        )
+        raise ValueError(f"{source} has {asked}; there are: {have}")
+    found, (low, high) = part(every[name], "action", f"the statistics {name!r} of {source}"), KINDS[kind]
     if low not in found or high not in found:
         have = ", ".join(sorted(found)) or "nothing"
         raise ValueError(f"the action statistics {name!r} of {source} have no {low} and {high}; there are: {have}")
-    mask = found.get("mask", [True] * len(found[low]))
+    mask = found.get("mask", [True] * len(numbers(found[low])))
+    if not numbers(found[low]) or not numbers(found[high]) or not isinstance(mask, list):
+        raise ValueError(
+            f"the action statistics {name!r} of {source} have a {low}, {high} or mask that is no list of numbers"
+        )
     return Normalizer(kind, tuple(found[low]), tuple(found[high]), tuple(mask))
 
 
@@ -90,13 +98,28 @@ def statistics(source: Path) -> Mapping[str, Any]:
                 found = json.loads(file.read_text())
             except ValueError as error:
                 raise ValueError(f"{file} is no JSON: {error}") from None
-            found = found.get("norm_stats") if file.name == "config.json" else found.get("norm_stats", found)
-            if found:
-                return found
+            every = part(found, "norm_stats", str(file), {} if file.name == "config.json" else found)
+            if every:
+                return every
     raise ValueError(
         f"{source} has no action statistics; give a JSON file of them, or the folder of a checkpoint with "
         "dataset_statistics.json, or with norm_stats in its config.json"
     )
+
+
+def part(found: Any, name: str, where: str, otherwise: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """What is under a name, or what is to be where nothing is. Raises ValueError where that is no mapping."""
+    value = found.get(name, otherwise or {}) if isinstance(found, Mapping) else found
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f'{where}: {value!r:.40} stands where statistics do; they are {{KEY: {{"action": {{"q01": […], …}}}}}}'
+        )
+    return value
+
+
+def numbers(value: Any) -> list[float]:
+    """The value, if it is a list of numbers; otherwise nothing."""
+    return value if isinstance(value, list) and all(isinstance(x, int | float) for x in value) else []
 
 
 @dataclass(frozen=True)
