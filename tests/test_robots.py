@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xmodal_opd import config, dry, report
-from xmodal_opd.build.robots import Starts, starts
+from xmodal_opd import config, dist, dry, report
+from xmodal_opd.build.robots import Starts, action_tokens, adapter, sampler, share, starts
 from xmodal_opd.collect import once, question_rewards
-from xmodal_opd.models import folder_of
+from xmodal_opd.models import folder_of, load_model, load_processor
 from xmodal_opd.train import train
 from xmodal_opd.types import Pair, Rollout
 
@@ -49,6 +49,45 @@ def test_recipes_of_the_papers_size_resolve(path):
     lines = "\n".join(dry.dry(config.load(path), devices=8))
     assert "8.29 B parameters" in lines and "64 start states" in lines and "512 episodes" in lines
     assert "8 at temperature 1.6" in lines
+    assert {LARGE[0]: "64 workers in all, each with a simulator; 8 a process", LARGE[1]: "32 workers"}[path] in lines
+
+
+def test_the_robotwin_recipe_sees_what_its_paper_does():
+    robot = config.load(LARGE[1]).robot
+    assert (robot.options["config"], robot.options["instruction"]) == ("demo_randomized", "seen")
+    assert robot.crop and robot.proprio and robot.cameras == robot.options["cameras"] == ["head_camera"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "world", "expected"), [(64, 8, [8] * 8), (10, 4, [3, 3, 2, 2]), (2, 3, [1, 1, 1]), (6, 1, [6])]
+)
+def test_ranks_share_the_workers_of_a_recipe(workers, world, expected):
+    assert [share(workers, rank, world) for rank in range(world)] == expected
+
+
+def test_a_sampler_has_its_ranks_workers_and_an_adapter_the_state(tmp_path, monkeypatch):
+    recipe = toy(tmp_path, "vla_opd_full", "robot.workers=5", "robot.proprio=true")
+    acting = adapter(recipe, load_processor("default"), 512)
+    monkeypatch.setattr(dist, "world", lambda: 3)
+    monkeypatch.setattr(dist, "rank", lambda: 2)
+    assert acting.proprio
+    assert sampler(recipe, load_model("default"), acting, None).workers.count == 1
+
+
+def test_one_dataset_needs_no_key(tmp_path):
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"mine": {"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}}))
+    recipe = toy(tmp_path, "vla_opd_full", f"robot.statistics={path}")
+    tokens = action_tokens(recipe.robot, 1000)
+    assert tokens.normalizer and tokens.normalizer.high == (1.0, 1.0, 1.0)
+
+
+def test_a_decision_longer_than_an_answer_may_be_is_refused():
+    with pytest.raises(
+        ValueError, match=r"robot.chunk 16 x robot.size 4 = 64 tokens, and rollout.max_tokens is 32; set"
+    ):
+        config.load(ROBOT, ["robot.chunk=16"])
+    assert config.load(ROBOT, ["robot.chunk=16", "rollout.max_tokens=64"]).rollout.max_tokens == 64
 
 
 def test_what_a_robot_recipe_may_say_is_told():

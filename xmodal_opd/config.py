@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from xmodal_opd.schema import OWN, Part, Recipe, Source, judged, kind_of, piece_name, teachers_of
+from xmodal_opd.schema import OWN, ActionRecipe, Part, Recipe, Source, judged, kind_of, piece_name, teachers_of
 
 ROOTS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")  # installed wheel, checkout
 
@@ -207,8 +207,9 @@ def check_gates(path: str, recipe: Recipe) -> None:
 
 
 def check_robot(path: str, recipe: Recipe) -> None:
-    """What tells of the whole vocabulary at temperature 1 tells nothing of a policy over actions."""
-    if recipe.modality != "action":
+    """What tells of the whole vocabulary at temperature 1 tells nothing of a policy over actions, and a decision is
+    sampled whole."""
+    if not isinstance(recipe, ActionRecipe):
         return
     if recipe.teachers:
         raise ValueError(
@@ -217,6 +218,12 @@ def check_robot(path: str, recipe: Recipe) -> None:
         )
     if recipe.rollout.name != "hf":
         raise ValueError(f"{path}: rollout.name is {recipe.rollout.name!r}, but a robot's policy samples with hf only")
+    chunk, size, most = recipe.robot.chunk, recipe.robot.size, recipe.rollout.max_tokens
+    if chunk * size > most:
+        raise ValueError(
+            f"{path}: a decision is robot.chunk {chunk} x robot.size {size} = {chunk * size} tokens, and "
+            f"rollout.max_tokens is {most}; set it to {chunk * size}, or take shorter chunks"
+        )
 
 
 def check_dual(path: str, recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from xmodal_opd import config, models, schema
 from xmodal_opd.build import build_term, make_trainable, refuse_ranks
+from xmodal_opd.build.robots import share
 from xmodal_opd.engine.deepspeed_config import settings as deepspeed_settings
 from xmodal_opd.objective import pick
 from xmodal_opd.objective.schedules import SCHEDULES
@@ -46,7 +47,7 @@ def dry(recipe: schema.Recipe, devices: int) -> Iterator[str]:
     yield f"model      {described(plan.student)}; {amount(trainable(plan.student))} train ({', '.join(roles)})"
     yield from (f"teacher    {name}: {described(model)}" for name, model in plan.teachers.items())
     yield from (f"teacher    {name}: {', '.join(served.servers)}" for name, served in recipe.teachers.items())
-    yield from tokens(recipe)
+    yield from tokens(recipe, devices)
     yield f"memory     of each of {devices} devices, {engine(plan)}; an estimate"
     yield from table("training", training(plan))
     yield from table("sampling and evaluating", resting(plan))
@@ -85,10 +86,10 @@ def size(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def tokens(recipe: schema.Recipe) -> Iterator[str]:
+def tokens(recipe: schema.Recipe, devices: int) -> Iterator[str]:
     """How many tokens a step samples and reads, at most."""
     if isinstance(recipe, schema.ActionRecipe):
-        yield from decisions(recipe)
+        yield from decisions(recipe, devices)
         return
     questions, longest = recipe.train.prompts, recipe.rollout.max_tokens
     samplings = recipe.rollout.samplings
@@ -100,8 +101,8 @@ def tokens(recipe: schema.Recipe) -> Iterator[str]:
     yield f"           {answers} answers of at most {longest} tokens, {answers * longest:,} in all{prompts}"
 
 
-def decisions(recipe: schema.ActionRecipe) -> Iterator[str]:
-    """How many episodes a step plays, and what a decision is."""
+def decisions(recipe: schema.ActionRecipe, devices: int) -> Iterator[str]:
+    """How many episodes a step plays, what a decision is, and how many simulators run."""
     starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
     plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
     yield f"a step     {starts} start states in {robot.name}; episodes from each: {plan}"
@@ -109,6 +110,8 @@ def decisions(recipe: schema.ActionRecipe) -> Iterator[str]:
         f"           {starts * sum(s.n for s in samplings.values())} episodes; a decision is {robot.chunk} actions of "
         f"{robot.size} numbers, {robot.chunk * robot.size} tokens, {robot.decoding}"
     )
+    shares = [share(robot.workers, rank, devices) for rank in range(devices)]
+    yield f"           {sum(shares)} workers in all, each with a simulator; {max(shares)} a process"
 
 
 def zero(recipe: schema.Recipe) -> int | None:

@@ -100,16 +100,19 @@ class Robot(Part):
     cameras: list[str] = Field(default=["corner2"], min_length=1)  # what the student sees, in this order
     image_size: int = Field(default=112, ge=1)  # pixels a side, to which a camera's picture is scaled
     crop: bool = False  # the middle nine tenths of the area, scaled back
+    proprio: bool = False  # the numbers of the robot's state before the question, in the student's view
     size: int = Field(default=4, ge=1)  # numbers in an action
     chunk: int = Field(default=8, ge=1)  # actions in a decision
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     temperature: float = Field(default=1.0, gt=0)  # divides the logits of student and teachers, sampled and scored
     depth: Spec | None = None  # which decisions are the student's while it learns: f2b, b2f, opad; null: all
     statistics: str | None = None  # a model folder or JSON file that says what the actions of a dataset are in [-1, 1]
-    key: str = ""  # which dataset's
+    key: str = ""  # which dataset's; where there is one only, it need not be named
     normalization: Literal["bounds", "quantiles", "gaussian"] = "quantiles"
     gripper: Literal["keep", "openvla"] = "keep"
-    workers: int = Field(default=4, ge=1)  # processes, each with one environment
+    workers: int = Field(
+        default=4, ge=1
+    )  # processes with one environment each, in all: ranks share them, at least 1 each
     timeout: float = Field(default=120.0, gt=0)  # seconds without an answer until a worker is given up
     python: str | None = None  # of the workers, where the simulator lives in an environment of its own
     videos: int = Field(default=0, ge=0)  # episodes filmed, before and after

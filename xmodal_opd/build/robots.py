@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import GRIPPERS, ActionTokens, load_normalizer
 from modalities.vision import video
-from xmodal_opd import config, models, schema
+from xmodal_opd import config, dist, models, schema
 from xmodal_opd.objective import pick
 from xmodal_opd.rollout.depth import DEPTHS, FULL, Depth
 from xmodal_opd.rollout.env import EnvSampler, Film
@@ -68,7 +68,7 @@ def action_tokens(robot: schema.Robot, end: int) -> ActionTokens:
     """end: the id after the last action token, which is the size of the real vocabulary."""
     meaning = None
     if robot.statistics:
-        meaning = load_normalizer(robot.statistics, robot.key, robot.normalization)
+        meaning = load_normalizer(robot.statistics, robot.key or None, robot.normalization)
     return ActionTokens(end, robot.chunk, robot.size, meaning, GRIPPERS[robot.gripper])
 
 
@@ -81,6 +81,7 @@ def adapter(recipe: schema.ActionRecipe, processor: Any, limit: int, **chat: Any
         cameras=robot.cameras,
         image_size=robot.image_size,
         crop=robot.crop,
+        proprio=robot.proprio,
         privileged="teacher" in named_views(recipe),
         **chat,
     )
@@ -101,11 +102,16 @@ def sampler(recipe: schema.ActionRecipe, student: PreTrainedModel, acting: Actio
     return EnvSampler(
         student,
         acting,
-        Workers(command, robot.workers, robot.timeout, root, robot.name),
+        Workers(command, share(robot.workers, dist.rank(), dist.world()), robot.timeout, root, robot.name),
         width=acting.tokens.width,
         whole=whole,
         **policy(recipe, acting),
     )
+
+
+def share(workers: int, rank: int, world: int) -> int:
+    """How many of the workers are a rank's: as good as equally many, and one where there are fewer than ranks."""
+    return max(1, workers // world + (rank < workers % world))
 
 
 def policy(recipe: schema.ActionRecipe, acting: ActionAdapter) -> dict[str, Any]:
