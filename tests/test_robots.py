@@ -1,6 +1,7 @@
 """Recipes of modality action: start states, what they may say, and a run of them from beginning to end."""
 
 import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_a_sampler_has_its_ranks_workers_and_an_adapter_the_state(tmp_path, monk
     monkeypatch.setattr(dist, "world", lambda: 3)
     monkeypatch.setattr(dist, "rank", lambda: 2)
     assert acting.proprio
-    assert sampler(recipe, load_model("default"), acting, None).workers.count == 1
+    assert sampler(recipe, load_model("default"), acting, nullcontext).workers.count == 1
 
 
 def test_one_dataset_needs_no_key(tmp_path):

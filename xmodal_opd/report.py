@@ -26,7 +26,7 @@ from xmodal_opd.statistics import summary as summary
 Rows = Sequence[Mapping[str, Any]]
 TEXT, STUDENT = "eval/text_accuracy", "eval/student_accuracy"
 INK, TEXT_COLOUR, STUDENT_COLOUR, QUIET = "#22303c", "#2f6690", "#e07a3f", "#8a97a3"
-COLOURS = (QUIET, TEXT_COLOUR, STUDENT_COLOUR, INK, "#4f9d69", "#a05195", "#d4a72c", "#7fb7d6")  # of methods in one picture
+COLOURS = (QUIET, TEXT_COLOUR, STUDENT_COLOUR, INK, "#4f9d69", "#a05195", "#d4a72c", "#7fb7d6")
 CURVES = {  # title: the metrics drawn in one panel ("distill/" is every one that starts so)
     "loss": ("loss",),
     "token KL, student ‖ teacher": ("distill/", "eval/token_kl"),
