@@ -199,9 +199,9 @@ def finite(dataset: Any, columns: Iterable[str]) -> np.ndarray:
     rows = dataset.hf_dataset.select_columns([*columns, "episode_index", "frame_index"]).with_format("numpy")[:]
     for name in sorted(columns):
         values = np.stack(rows[name])
-        broken = np.argwhere(~np.isfinite(values)) if np.issubdtype(values.dtype, np.floating) else ()
+        broken = np.argwhere(~np.isfinite(values)) if np.issubdtype(values.dtype, np.floating) else np.empty((0, 1))
         if len(broken):
-            row = broken[0][0]
+            row = int(broken[0, 0])
             where = f"frame {rows['frame_index'][row]} of episode {rows['episode_index'][row]}"
             raise ValueError(
                 f"column {name!r} of {dataset.root} has NaN or infinity in {where}, and {len(broken)} such numbers in "
