@@ -1,6 +1,7 @@
 """Questions weighed by how often the student answers them rightly: the rule, and the whole tool on a small model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -94,8 +95,69 @@ def test_the_tool_counts_weighs_and_goes_on_where_it_was_stopped(run, world, mon
     assert len(asked) == 3, "nothing is asked again"
     with pytest.raises(SystemExit, match=r"holds counts of other settings .*remove it, or name another --output"):
         run(*mine, "--seed", "1")
+    with pytest.raises(SystemExit, match=r"other settings \(max_tokens: 8 there, 5 now\)"):
+        run(*mine, "rollout.max_tokens=5")
+    with pytest.raises(SystemExit, match=r"other settings \(judge.name.*there, .*match.* now"):
+        run("judge={name: match}")
     with pytest.raises(SystemExit, match="is weighed already; name the shards themselves"):
         run(*mine, f"data.train={index}")
+
+
+def test_counts_are_of_these_very_questions_and_weights(run, world, tmp_path):
+    shards, model = tmp_path / "shards", tmp_path / "model"
+    shutil.copytree(world["folder"] / "train", shards)
+    shutil.copytree(world["folder"] / "model", model)
+    mine = [f"data.train={shards}", f"model.name={model}"]
+    _, index = run(*mine)
+    before = index.read_text()
+    shutil.copy(shards / "shard-000000.tar", shards / "shard-000002.tar")  # as many questions under the same name
+    with pytest.raises(SystemExit, match=r"other settings \(contents: '\w+' there, '\w+' now\)"):
+        run(*mine)
+    shutil.copy(world["folder"] / "train" / "shard-000002.tar", shards)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # trained on, as far as its time tells
+    with pytest.raises(SystemExit, match=r"other settings \(weights: "):
+        run(*mine)
+    assert index.read_text() == before
+
+
+def test_counts_of_more_questions_than_there_are_weigh_nothing(run):
+    _, index = run()
+    counts = index.with_suffix(".passes.jsonl")
+    counts.write_text(counts.read_text() + "[24, 1]\n")
+    with pytest.raises(SystemExit, match="has counts of 25 questions, and the shards hold 24; remove it"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--cap", "0"], "argument --cap: '0' is not a whole number from 1 on"),
+        (["--cap", "-1"], "argument --cap: '-1' is not a whole number from 1 on"),
+        (["--samples", "0"], "argument --samples: '0' is not a whole number from 1 on"),
+        (["--batch", "0"], "argument --batch: '0' is not a whole number from 1 on"),
+        (["--temperature", "-1"], "argument --temperature: '-1' is not a number over 0"),
+        (["--temperature", "nan"], "argument --temperature: 'nan' is not a number over 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(run, capsys, more, told):
+    with pytest.raises(SystemExit):
+        run(*more)
+    assert told in capsys.readouterr().err
+
+
+def test_a_recipe_of_episodes_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["balance_difficulty", "vla_opd"])
+    with pytest.raises(SystemExit, match="vla_opd plays episodes, modality action; weighed are questions in shards"):
+        tool.main()
+
+
+def test_libraries_keep_their_bars_to_themselves(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("xmodal_opd.cli.quiet", lambda: asked.append(1))
+    monkeypatch.setattr(tool, "right", lambda parts, samples, options, first: asked.append(2) or {})
+    run()
+    assert asked[:2] == [1, 2]
 
 
 def counting(right, asked):

@@ -15,10 +15,12 @@ again with the same settings, it goes on behind the last counted questions.
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import file_digest, sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,33 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe in the package")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--checkpoint", help="a checkpoint or model folder that answers; default: the recipe's model")
-    parser.add_argument("--samples", type=int, default=8, help="answers to each question, N (8)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers (1)")
-    parser.add_argument("--cap", type=int, default=4, help="how often a question comes at most in an epoch (4)")
+    parser.add_argument("--samples", type=from_one, default=8, help="answers to each question, N (8)")
+    parser.add_argument("--temperature", type=positive, default=1.0, help="of the answers (1)")
+    parser.add_argument("--cap", type=from_one, default=4, help="how often a question comes at most in an epoch (4)")
     parser.add_argument(
         "--shape", choices=("auto", "u", "j"), default="auto", help="the band: what the counts say (auto)"
     )
-    parser.add_argument("--batch", type=int, default=24, help="questions at once (24)")
+    parser.add_argument("--batch", type=from_one, default=24, help="questions at once (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="the index to write; default: index-balanced.json beside the first shard")
     return parser
+
+
+def from_one(text: str) -> int:
+    return fitting(text, int, 1, "a whole number from 1 on")
+
+
+def positive(text: str) -> float:
+    return fitting(text, float, sys.float_info.min, "a number over 0")
+
+
+def fitting[N: (int, float)](text: str, kind: Callable[[str], N], least: float, what: str) -> N:
+    try:
+        if math.isfinite(value := kind(text)) and value >= least:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
 
 def main() -> None:
@@ -56,12 +75,17 @@ def main() -> None:
 
 
 def balance(options: argparse.Namespace) -> Iterator[str]:
-    """Count, weigh, write; the lines to print. Raises ValueError for shards that are weighed already."""
+    """Count, weigh, write; the lines to print. Raises ValueError for shards that are weighed already, and for a robot's
+    recipe, which has none."""
     from xmodal_opd import config
     from xmodal_opd.build import prepare_shards
+    from xmodal_opd.cli import quiet
     from xmodal_opd.data import Shards
 
     recipe = config.load(options.recipe, options.overrides)
+    if recipe.modality == "action":
+        raise ValueError(f"{options.recipe} plays episodes, modality action; weighed are questions in shards alone")
+    quiet()
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     shards = Shards(recipe.data.train, shuffle=False)
@@ -69,8 +93,7 @@ def balance(options: argparse.Namespace) -> Iterator[str]:
         raise ValueError(f"{recipe.data.train} is weighed already; name the shards themselves as data.train")
     beside = Path(shards.shards[0].url).parent / "index-balanced.json"
     index = Path(options.output) if options.output else beside
-    settings = {k: getattr(options, k) for k in ("checkpoint", "samples", "temperature", "batch", "seed")}
-    settings |= {"model": recipe.model.name, "shards": [shard.url for shard in shards.shards]}
+    settings = settings_of(recipe, options, shards)
     counts = passes(recipe, options, shards, index.with_suffix(".passes.jsonl"), settings)
     shape = options.shape if options.shape != "auto" else shape_of(counts, options.samples)
     repeats = weigh(counts, band(shape, options.samples), options.cap, options.seed)
@@ -84,14 +107,46 @@ def balance(options: argparse.Namespace) -> Iterator[str]:
 # ---- how often the student is right
 
 
+def settings_of(recipe: Any, options: argparse.Namespace, shards: Any) -> dict[str, Any]:
+    """All that the counts depend on, as JSON: who answers, how, what is asked, and what is right."""
+    from xmodal_opd.checkpoint import stamp
+    from xmodal_opd.models import folder_of
+
+    asked = {k: getattr(options, k) for k in ("checkpoint", "samples", "temperature", "batch", "seed")}
+    folders = [folder_of(recipe.model.name), *filter(None, [options.checkpoint])]
+    return asked | {
+        "model": recipe.model.model_dump(mode="json", exclude={"train", "trust_remote_code"}),
+        "weights": [stamp(Path(folder)) for folder in folders],
+        "max_tokens": recipe.rollout.max_tokens,
+        "judge": recipe.judge and recipe.judge.model_dump(mode="json"),
+        "shards": {shard.url: shard.samples for shard in shards.shards},
+        "contents": contents([shard.url for shard in shards.shards]),
+    }
+
+
+def contents(urls: Sequence[str]) -> str:
+    """A digest of the shards of this disk, which may be made again under the same names."""
+    whole = sha256()
+    for path in filter(Path.is_file, map(Path, urls)):
+        with path.open("rb") as file:
+            whole.update(file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
 def passes(recipe: Any, options: argparse.Namespace, shards: Any, path: Path, settings: Mapping[str, Any]) -> Counts:
-    """The pass counts of all questions, those that `path` has already and those that are counted now."""
+    """The pass counts of all questions, those that `path` has already and those that are counted now. Raises ValueError
+    when these are not as many as the questions."""
     counts = begun(path, settings)
     with path.open("a", encoding="utf-8") as file:
         for some in answered(recipe, options, shards, len(counts)):
             file.write("".join(json.dumps([place, count]) + "\n" for place, count in some.items()))
             file.flush()
             counts |= some
+    if len(counts) != known(shards):
+        raise ValueError(
+            f"{path} has counts of {len(counts)} questions, and the shards hold {known(shards)}; remove it, or name "
+            "another --output"
+        )
     return counts
 
 
@@ -101,11 +156,21 @@ def begun(path: Path, settings: Mapping[str, Any]) -> Counts:
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     told = [json.loads(line) for line in lines[:-1]]  # behind the last newline is nothing, or half a line
     if told and told[0] != settings:
-        raise ValueError(f"{path} holds counts of other settings ({told[0]}); remove it, or name another --output")
+        other = "; ".join(differences(told[0], settings))
+        raise ValueError(f"{path} holds counts of other settings ({other}); remove it, or name another --output")
     whole = told[1:] if told else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in (settings, *whole)), encoding="utf-8")
     return dict(whole)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What four settings at most were, and are now."""
+    from xmodal_opd.config import flat
+
+    old, new = flat(then), flat(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names[:4]]
 
 
 def answered(recipe: Any, options: argparse.Namespace, shards: Any, start: int) -> Iterator[Counts]:
