@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from modalities.shards import describe, tar_bytes
-from xmodal_opd.data import Shards
+from xmodal_opd.data import Shards, parse
 from xmodal_opd.types import Pair, SampleError
 
 COUNTS = (4, 7, 2)
@@ -58,8 +58,21 @@ def test_a_sample_holds_views_answer_meta_and_raw_media(folder):
     first = next(Shards(folder, shuffle=False).samples())
     assert first["__key__"] == "s0n0" and first["__url__"].endswith("part-0.tar")
     assert first["views"]["teacher"][0]["content"] == [{"type": "text", "text": "s0n0"}]
-    assert (first["answer"], first["meta"]) == ("s0n0", {"name": "s0n0"})
+    assert (first["answer"], first["meta"]) == ("s0n0", {"modality": "audio", "name": "s0n0"})
     assert first["media"] == {"question.flac": b"s0n0" * 300}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "modality"),
+    [([], "text"), (["image"], "image"), (["image", "audio", "image"], "audio+image"), (["video"], "video")],
+)
+def test_the_media_of_the_students_view_are_the_modality_where_no_meta_says(kinds, modality):
+    content = [{"type": "text", "text": "What?"}, *({"type": kind, kind: f"{kind}.x"} for kind in kinds)]
+    views = {"student": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
+    media = {f"{kind}.x": b"x" for kind in kinds} | {"__key__": "k", "__url__": "u"}
+    for meta, told in (({}, modality), ({"modality": "mine"}, "mine")):
+        record = json.dumps({"views": views, "meta": meta}).encode()
+        assert parse({"json": record, **media})["meta"] == {"modality": told}
 
 
 def test_file_names_keep_their_capitals(tmp_path):

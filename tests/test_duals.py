@@ -1,14 +1,18 @@
 """Dual weights: what moves them, that a checkpoint keeps them, and the one-sided loss they weigh."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
 from conftest import with_method
 from safetensors.torch import load_file
 
-from xmodal_opd import config, duals, train
+from modalities.vision import prepare as scenes
+from xmodal_opd import collect, config, duals, train
+from xmodal_opd.build import build, open_shards, training_shards
 from xmodal_opd.checkpoint import latest
+from xmodal_opd.data import Shards
 from xmodal_opd.objective.divergences import SAMPLED
 from xmodal_opd.schema import Dual
 from xmodal_opd.types import Scores, TokenBatch
@@ -78,6 +82,23 @@ def test_a_resumed_run_has_the_weights_of_one_that_never_stopped(world, tmp_path
     assert again["memory"] == whole["memory"] and all(torch.equal(weights[name], same[name]) for name in weights)
     assert {*whole["memory"]["dual"]} <= {"arithmetic", "ordering", "choice"}
     assert any(values["beta"] not in (1.0, 0.1, 2.0) for values in whole["memory"]["dual"].values())
+
+
+def test_built_in_questions_are_of_the_modality_that_the_student_is_shown(world, tmp_path):
+    recipe = config.load(with_method(world, tmp_path, "opod"), ["rollout.samplings.group.n=2"])
+    parts = build(recipe)
+    pairs = [pair for _, pair in islice(open_shards(recipe)[0].pairs(parts.adapter), 2)]
+    metrics = collect.sample(parts, pairs, 0)[1]
+    assert {name for name in metrics if name.startswith("dual/")} == {"dual/audio", "dual/audio/ahead"}
+    scenes.prepare(tmp_path / "drawn", count=2, families=["charts"], per_shard=2, progress=False, workers=1)
+    drawn = list(Shards(str(tmp_path / "drawn")).samples(epochs=1))
+    assert {sample["meta"]["modality"] for sample in drawn} == {"image"} and len(drawn) == 2
+
+
+def test_a_field_that_samples_do_not_have_is_told(world, tmp_path):
+    recipe = config.load(with_method(world, tmp_path, "opod"), ["dual.field=mdoality"])
+    with pytest.raises(RuntimeError, match=r"broken, .*no dual weight: its meta has no field 'mdoality' \(has: moda"):
+        list(training_shards(recipe).samples(epochs=1))
 
 
 def test_a_dual_weight_of_a_sampling_or_scorer_that_is_not_there_is_refused(world, tmp_path):

@@ -440,7 +440,7 @@ def test_shards_are_filtered_merged_and_cut_anew(run, tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--where", "tsk=arithmetic"), "no sample has the meta field 'tsk'; have: instance, question, response"),
+        (("--where", "tsk=arithmetic"), "no sample has the meta field 'tsk'; have: instance, modality, question"),
         (("--where", "arithmetic"), "--where 'arithmetic' is not FIELD=VALUE"),
         (("--where", "task=cooking"), "nothing to write: 0 records"),
     ],

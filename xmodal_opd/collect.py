@@ -90,11 +90,12 @@ def sample(
 
 
 def dually(parts: Parts, step: Step) -> tuple[Step, dict[str, float]]:
-    """The step with the score `dual` [B] where the recipe has dual weights, which then move on; and what they were."""
+    """The step with the score `dual` [B] where the recipe has dual weights, which then move on; and what they were.
+    Raises ValueError for a sample that is of no kind."""
     settings = parts.recipe.dual
     if settings is None:
         return step, {}
-    mine = [str(r.pair.meta.get(settings.field, "all")) for r in step.rollouts]
+    mine = [schema.kind_in(settings, r.pair.meta) for r in step.rollouts]
     kinds = [kind for some in dist.gather(mine) for kind in some]
     state, rows = parts.memory.get("dual", {}), step.rows(settings.sampling)
     gaps = duals.ahead(take(step.everyone, rows), [kinds[r] for r in rows.tolist()], settings.scorer)

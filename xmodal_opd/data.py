@@ -138,7 +138,8 @@ def _reason(error: Exception) -> str:
 def parse(group: Mapping[str, Any]) -> dict[str, Any]:
     """Files of one sample -> {"__key__", "__url__", "views", "answer", "meta", "media": {file name: bytes}}.
 
-    Raises SampleError for a missing or broken json, malformed views, or a media file that is not there.
+    Where the meta has no "modality", it is said by the media of the student's view. Raises SampleError for a missing or
+    broken json, malformed views, or a media file that is not there.
     """
     if "json" not in group:
         raise SampleError("it has no .json file")
@@ -154,8 +155,15 @@ def parse(group: Mapping[str, Any]) -> dict[str, Any]:
     answer, meta = record.get("answer"), record.get("meta") or {}
     if not isinstance(meta, dict):
         raise SampleError(f'its "meta" is {type(meta).__name__}, not a mapping')
+    meta = {"modality": modality(record["views"].get("student", ())), **meta}
     named = {"views": record["views"], "answer": None if answer is None else str(answer), "meta": meta, "media": media}
     return {"__key__": group["__key__"], "__url__": group["__url__"], **named}
+
+
+def modality(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What messages are made of besides words: "audio", "image", "video", "audio+image", …; "text" for words alone."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return "+".join(sorted({part["type"] for part in parts} - {"text"})) or "text"
 
 
 def _check_view(view: str, messages: Any, media: Mapping[str, bytes]) -> None:

@@ -217,7 +217,7 @@ class Dual(Part):
 
     sampling: str  # whose answers tell how far
     scorer: str = "teacher"
-    field: str = "modality"  # of a sample's meta: its kind; samples without it are of one kind
+    field: str = "modality"  # of a sample's meta, which every sample has: its kind
     rate: float = Field(default=1.0, gt=0)
     warmup: int = Field(default=10, ge=1)  # steps with samples of a kind that give the distance it is allowed
     least: float = Field(default=0.02, ge=0)  # of that distance, in nats a token
@@ -366,6 +366,13 @@ def teacher_of(source: Source, meta: Mapping[str, Any]) -> tuple[str, str]:
         found = f"meta.{field} is {value!r}" if field in meta else f"meta has no field {field!r}"
         raise ValueError(f"no teacher: its {found}, and the recipe has routes to teachers for {', '.join(there)}")
     return there[value]
+
+
+def kind_in(dual: Dual, meta: Mapping[str, Any]) -> str:
+    """Of which kind a sample of that meta is. Raises ValueError when the meta does not say."""
+    if dual.field not in meta:
+        raise ValueError(f"no dual weight: its meta has no field {dual.field!r} (has: {', '.join(meta) or 'none'})")
+    return str(meta[dual.field])
 
 
 def instructor(recipe: Recipe) -> tuple[str, str]:

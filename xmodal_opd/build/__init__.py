@@ -363,8 +363,11 @@ def views_of_shards(recipe: schema.Recipe) -> set[str]:
 
 
 def views_of_teachers(recipe: schema.Recipe, meta: Mapping[str, Any]) -> set[str]:
-    """The views that a training sample of that meta must have besides. Raises SampleError when none teaches it."""
+    """The views that a training sample of that meta must have besides. Raises SampleError when none teaches it, or it
+    is of no kind that has a dual weight."""
     try:
+        if recipe.dual:
+            schema.kind_in(recipe.dual, meta)
         return schema.views_of_its_teachers(recipe, meta) - DERIVED.keys()
     except ValueError as error:
         raise SampleError(str(error)) from None
