@@ -587,6 +587,12 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(world, fil
         assert message in capsys.readouterr().err
 
 
+def test_a_robots_recipe_is_asked_no_questions(files, tmp_path, capsys):
+    words = ["--benchmark", f"mmstar={files['mmstar']}", "--output", str(tmp_path / "x.jsonl"), "model.name=/nowhere"]
+    assert main(["eval", "vla_opd", *words]) == 1
+    assert "vla_opd is a recipe of modality action, whose model answers with actions, and" in capsys.readouterr().err
+
+
 def test_answers_to_questions_of_our_own_go_to_lmms_eval_too(world, tmp_path, capsys):
     folder = tmp_path / "lmms"
     assert run(world, "--limit", "4", "--output", str(tmp_path / "own.jsonl"), "--lmms-eval", str(folder)) == 0

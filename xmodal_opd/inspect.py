@@ -101,7 +101,12 @@ def evaluate_benchmarks(
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Records of benchmarks ({name: file, folder or pattern}) under the recipe's model or a checkpoint, kept at
-    `output`, where an earlier run of the same may have left some."""
+    `output`, where an earlier run of the same may have left some. Raises ValueError for a robot's recipe."""
+    if recipe.modality == "action":
+        raise ValueError(
+            f"{recipe.name} is a recipe of modality action, whose model answers with actions, and a benchmark asks "
+            "questions about images; take a recipe of modality vision"
+        )
     refuse_view(view)
     samplings = {"answer": schema.Sampling(temperature=0, view=view)}
     recipe = recipe.model_copy(
