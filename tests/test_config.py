@@ -88,6 +88,15 @@ def test_unknown_pieces_name_the_term_and_what_exists():
         build_term("tokens", term)
 
 
+@pytest.mark.parametrize("ratio", [-1, -0.5, ".nan"])
+def test_a_number_below_the_least_of_an_option_is_refused_before_anything_is_loaded(ratio):
+    term = load(f"objective.sequences.weights=[{{balance: {{ratio: {ratio}}}}}]").objective["sequences"]
+    with pytest.raises(ValueError, match="sequences: weight 'balance': option ratio is a number from 0 on; found"):
+        build_term("sequences", term)
+    for fits in (0, 1.5, ".inf"):
+        build_term("x", load(f"objective.sequences.weights=[{{balance: {{ratio: {fits}}}}}]").objective["sequences"])
+
+
 @pytest.mark.parametrize("arguments", [["train", "nowhere"], ["show", CORD, "x.y=1"], ["report", "nowhere"]])
 def test_the_command_ends_with_a_sentence_and_a_code(arguments, capsys):
     assert main(arguments) == 1

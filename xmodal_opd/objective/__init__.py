@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Float
@@ -164,7 +164,12 @@ def pick(kind: str, table: Mapping[str, Callable[..., Any]], spec: Spec) -> Call
 
 
 def fitted(what: str, value: Any, wanted: Any) -> Any:
-    """An option's value as the piece declares it; a whole number serves as a float."""
+    """An option's value as the piece declares it: a whole number serves as a float; Annotated[float, 0]: one from 0."""
+    if get_origin(wanted) is Annotated:
+        kind, least = get_args(wanted)
+        if not (value := fitted(what, value, kind)) >= least:
+            raise ValueError(f"{what} is a number from {least} on; found {value!r}")
+        return value
     if wanted in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if get_origin(wanted) is Literal and value not in get_args(wanted):

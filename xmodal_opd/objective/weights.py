@@ -7,7 +7,7 @@ Called without gradient; values outside the mask are finite and meaningless.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,7 +77,7 @@ def dads(
     return torch.where(shaped, f, 1).to(batch.student_logp.dtype).expand(batch.mask.shape)
 
 
-def balance(batch: TokenBatch, *, ratio: float = 1.0) -> Weights:
+def balance(batch: TokenBatch, *, ratio: Annotated[float, 0] = 1.0) -> Weights:
     """0 on right answers, or on wrong ones, that their group has too many of for right : wrong = `ratio` : 1, else 1.
 
     Uni-OPD, arXiv:2605.03677: chosen at random, by scores["draw"] [B]; they still count in the reduction and in what
