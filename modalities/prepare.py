@@ -93,8 +93,10 @@ def _draft(read: Reader, where: str, record: Any, instruction: str) -> Draft | s
         return f"{where}: a field is not of the form it should have ({error!r})"
 
 
-def known(families: Sequence[str], have: Mapping[str, Any]) -> None:
-    """Raises ValueError for a task that there is not."""
+def known(families: Sequence[str], have: Mapping[str, Any], count: int) -> None:
+    """Raises ValueError for a task that there is not, and for a number of questions that makes no sense."""
+    if count < 1:
+        raise ValueError(f"count is {count}; it is a number of questions from 1 on")
     if unknown := [name for name in families if name not in have]:
         raise ValueError(f"there is no task {unknown[0]!r}; have: {', '.join(have)}")
 

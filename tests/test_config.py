@@ -54,6 +54,11 @@ def test_a_recipe_is_found_by_its_name_alone():
             "objective.tokens.weights=[{gate: {score: tokens_reward}}]",
             "the answers of 'tokens', and it sees those of: sequences",
         ),
+        (
+            "objective.tokens.teacher.route={field: task, to: {choice: null}}",
+            r"'objective.tokens.teacher.route.to.choice' is None, not a mapping of keys to values; keys here: model, v",
+        ),
+        ("rollout=hf", "'rollout' is 'hf', not a mapping of keys to values; keys here: ahead, batch_tokens, "),
         ("train.steps", "cannot read 'train.steps' as an override"),
         ("engine.name=deepsped", "'engine.name' is 'deepsped'"),
     ],

@@ -210,7 +210,11 @@ def test_a_pipe_that_fails_is_told_apart_from_an_empty_one(folder):
 def test_a_missing_shard_is_answered_with_what_exists(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"part-7\.tar: .* has part-0\.tar, part-1\.tar.*did you mean part-"):
         Shards(f"{folder}/part-7.tar")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; tools/prepare_shards\.py makes shards"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*data/none; shards are made by tools/prepare_sh"):
+        Shards(str(tmp_path / "data" / "none"))
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no folder .*nowhere; shards are made by tools/prepare_shards"
+    ):
         Shards(str(tmp_path / "nowhere" / "x.tar"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty has no tar"):

@@ -16,6 +16,13 @@ SIZES = [(name, 4, "160 answers of at most 200 tokens, 32,000 in all") for name 
 SIZES += [("apo_qwen2_5_vl_3b", 8, "1024 answers of at most 4096 tokens, 4,194,304 in all")]
 
 
+def test_a_teacher_that_is_still_to_be_trained_is_told_without_asking_a_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "--dry", str(CONFIGS / "uni_opd_omni.yaml")]) == 1
+    told = "no model at 'runs/expert-digits/model': there is no such folder; if another run is to make it, the header"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recorded_shapes_have_the_published_number_of_parameters(name):
     model = models.empty_model(str(CONFIGS / "models" / name), "bfloat16")

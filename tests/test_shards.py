@@ -187,7 +187,8 @@ def test_tars_of_unknown_origin_are_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"count": 0}, "nothing to write: 0 records"),
+        ({"count": 0}, "count is 0; it is a number of questions from 1 on"),
+        ({"count": -3}, "count is -3; it is a number of questions from 1 on"),
         ({"families": ["maths"]}, "no task 'maths'; have: arithmetic, ordering, choice"),
         ({"split": "valid"}, "no voices for split 'valid'"),
         ({"kind": "video"}, "kind is tasks, or text or audio with a file"),

@@ -128,6 +128,9 @@ def explain(error: Mapping[str, Any], kind: type[Recipe]) -> str:
         return f"unknown key {where!r}{hint(str(error['loc'][-1]), known)}; keys here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{where!r} is missing"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        known = ", ".join(fields_at(error["loc"], kind))
+        return f"{where!r} is {error['input']!r}, not a mapping of keys to values; keys here: {known}"
     return f"{where!r} is {error['input']!r}: {error['msg']}"
 
 

@@ -30,6 +30,7 @@ from xmodal_opd.types import Adapter, Pair, SampleError
 INDEX = "index.json"  # the "wids" form: {"shardlist": [{"url", "nsamples", ...}]}
 TOLERATED = 0.01  # share of broken samples
 ENOUGH = 100  # samples to see before that share means anything
+MAKES = "shards are made by tools/prepare_shards.py, with what the header of a recipe tells, or by its data.prepare"
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +106,10 @@ def _local(url: str) -> bool:
 def _missing(path: Path) -> str:
     have = sorted(other.name for other in path.parent.glob("*.tar"))
     near = difflib.get_close_matches(path.name, have, 1)
-    hint = f"did you mean {near[0]}?" if near else "tools/prepare_shards.py makes shards"
+    hint = f"did you mean {near[0]}?" if near else MAKES
     listed = f"{path.parent} has {', '.join(have[:8]) or 'no tar'}{', ...' if len(have) > 8 else ''}"
-    return f"no shard {path}: {listed if path.parent.is_dir() else f'there is no folder {path.parent}'}; {hint}"
+    folder = path.parent if path.suffix else path
+    return f"no shard {path}: {listed if folder.is_dir() else f'there is no folder {folder}'}; {hint}"
 
 
 # ---- one shard, one sample

@@ -131,6 +131,11 @@ AttentionInterface.register("blocks", block_attention)
 
 def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """The raw config.json. Raises ValueError when there is none."""
+    if is_path(folder) and not Path(folder).is_dir():
+        raise ValueError(
+            f"no model at {folder!r}: there is no such folder; if another run is to make it, the header of the recipe "
+            "tells how"
+        )
     try:
         return transformers.PreTrainedConfig.get_config_dict(folder, trust_remote_code=trust_remote_code)[0]
     except OSError as error:
@@ -138,6 +143,11 @@ def load_config(folder: str, trust_remote_code: bool = False) -> dict[str, Any]:
             f"no model at {folder!r}: expected a folder with config.json and model.safetensors, a hub name, or "
             f'"default" for the small model in the package ({str(error).splitlines()[0]})'
         ) from error
+
+
+def is_path(name: str) -> bool:
+    """Whether a name cannot be a hub's, which is NAME or OWNER/NAME."""
+    return name.startswith(("/", "./", "../", "~", "runs/")) or name.count("/") > 1
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -89,7 +89,7 @@ def prepare(
 
 
 def _tasks(options: Sound, count: int, families: Sequence[str], instruction: str) -> Drafts:
-    known(families, FAMILIES)
+    known(families, FAMILIES, count)
     asked = islice(questions(options.seed, options.split, families), count)
     return [task_draft(question, options.split, instruction) for question in asked]
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xmodal_opd.types import SampleError
 
@@ -33,7 +33,12 @@ def decode(source: bytes | str | Path) -> Image.Image:
     except SampleError:
         raise
     except UNREADABLE as error:
-        raise SampleError(f"{what} cannot be decoded as png, jpeg, webp, gif, bmp or tiff ({error})") from None
+        raise SampleError(f"{what} cannot be decoded as png, jpeg, webp, gif, bmp or tiff ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """Why it is unreadable; of bytes that nothing reads Pillow tells where they lie in memory."""
+    return "it is none of these, or broken" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def check(size: tuple[int, int], what: str) -> None:

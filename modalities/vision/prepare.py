@@ -83,7 +83,7 @@ def check(options: Sight) -> None:
 
 
 def _scenes(options: Sight, count: int, families: Sequence[str], instruction: str) -> Drafts:
-    known(families, SCENES)
+    known(families, SCENES, count)
     asked = islice(scenes(options.seed, options.split, families), count)
     return [scene_draft(scene, options.split, instruction) for scene in asked]
 

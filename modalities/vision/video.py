@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modalities.vision.media import UNREADABLE, check, on_white
+from modalities.vision.media import UNREADABLE, check, on_white, reason
 from xmodal_opd.types import SampleError
 
 try:
@@ -45,7 +45,7 @@ def decode(data: bytes, fps: float, most: int) -> list[Frame]:
     except SampleError:
         raise
     except (*UNREADABLE, FFmpegError) as error:
-        raise SampleError(f"{what} cannot be decoded ({error})") from None
+        raise SampleError(f"{what} cannot be decoded ({reason(error)})") from None
 
 
 def chosen(times: Sequence[float], size: tuple[int, int], what: str, fps: float, most: int) -> list[int]:
