@@ -240,6 +240,19 @@ TAGGED = "<think>so</think> <answer>{}</answer>"
         (TAGGED.format("In my opinion it is B"), "b", 1.5),
         (TAGGED.format("option B, or option C"), "b", 0.5),  # two letters
         (TAGGED.format("both"), "B", 1.5),  # as published: a letter inside a word is a letter
+        (TAGGED.format("The correct option is B."), "$B$", 1.5),
+        (TAGGED.format("The answer is b"), "B", 1.5),
+        (TAGGED.format("(B) Point C"), "B", 1.5),
+        (TAGGED.format("\\text{B}"), "B", 1.5),
+        (TAGGED.format("A, B, C, D"), "D", 0.5),
+        (TAGGED.format("A or B"), "B", 0.5),
+        (TAGGED.format("A) 1, B) 2, C) 3"), "A", 0.5),
+        (TAGGED.format("1, 2, 3, 4, 5"), "5", 0.5),
+        (TAGGED.format("4 or five"), "5", 0.5),
+        (TAGGED.format("1, 2, 3"), "1, 2, 3", 1.5),
+        (TAGGED.format("\\{1, 3\\}"), "$\\{3, 1\\}$", 1.5),  # a set, if mathematics says so
+        (TAGGED.format("2 and 3 make 5"), "5", 1.5),
+        (TAGGED.format("1,005 or so, exactly 1,005"), "1005", 1.5),
     ],
 )
 def test_accuracy_and_format_of_tagged_answers(text: str, gold: str, value: float):

@@ -139,9 +139,9 @@ def accuracy_format(
     """1 for the shard's answer, and `format` more for the layout, right or wrong. APO, arXiv:2506.21655, from its code.
 
     layout: `<think>…</think><answer>…</answer>` ("tags"), or reasoning that ends in "answer: …" ("marker"). The answer
-    is compared by rule, by `math-verify` where `maths`, then as a letter: the gold is one of a to f, and of these the
-    answer has that one alone. Two things of that code are not kept: a gold that math-verify cannot read rewards
-    everybody there and is compared as words here; what takes too long is undecided, not 0.
+    is compared by rule, then by `math-verify` where `maths`; a gold from a to f as a letter, and the answer may name no
+    other; of several numbers in a row none is the answer. Two things of that code are not kept: a gold that math-verify
+    cannot read rewards everybody there and is compared as words here; what takes too long is undecided, not 0.
     """
     if not 0 <= format < 1:
         raise ValueError(
