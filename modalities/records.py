@@ -214,8 +214,11 @@ def question_of(messages: Sequence[Message]) -> str:
 
 
 def answer_of(record: Mapping[str, Any]) -> str | None:
-    """`answer` or `solution`, or else `completion`, or the text of a closing assistant message."""
+    """`answer` or `solution`, or else `completion`, or the text of a closing assistant message. Raises SampleError for
+    an answer of several."""
     answer = record.get("answer", record.get("solution"))
+    if isinstance(answer, list | dict):
+        raise SampleError(f"its answer is one text or number, and it has {answer!r}"[:300])
     return str(answer) if answer is not None else _closing(record)
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -369,6 +370,15 @@ def test_grain_lies_on_images_of_any_size(pictures):
             "its image is 8000 characters of text; bytes in base64 stand behind",
         ),
         ({"image": "a.png", "query": "What?", **CAPTION}, "what it asks is in 'query'; it is read in `prompt`"),
+        (
+            {"prompt": "<image>Where is <ref-object>?", "images": ["a.png"], "objects": {"ref": ["a cat"]}, **CAPTION},
+            "line 2: it has <ref-object>, a place for one of its `objects`",
+        ),
+        (
+            {"messages": [*SEEN, {"role": "assistant", "content": "At <bbox>"}], **CAPTION},
+            "line 2: it has <bbox>, a place",
+        ),
+        ({"image": "a.png", **CAPTION, "answer": ["5", "five"]}, r"line 2: its answer is one text .*\['5', 'five'\]"),
         ({"image": "https://example.org/a.png", **CAPTION}, "is an address, https://example.org/a.png; download it"),
         ({"image": "a.png", "teacher_prompt": "<image>"}, "'teacher_prompt' holds image, and the teacher reads text"),
         ({"prompt": user({"type": "audio"}), **CAPTION}, "part of type 'audio' has no place in image shards"),
@@ -377,6 +387,15 @@ def test_grain_lies_on_images_of_any_size(pictures):
 def test_a_record_that_cannot_be_used_is_named_with_its_line(pictures, record, message):
     with pytest.raises(ValueError, match=rf"1 of 2 records cannot be used, more than 1%.*{message}"):
         prepared(pictures, {"image": "a.png", **CAPTION}, record)
+
+
+def test_an_instruction_for_all_records_is_not_what_one_of_them_asks(pictures):
+    asks = {"query": "What colour?", "images": ["a.png"], **CAPTION}
+    (sample,) = prepared(pictures, {**asks, "instruction": "What colour is it?"}, instruction="Answer in one word.")
+    assert sample["views"] == {"student": SEEN, "teacher": READ}
+    shutil.rmtree(pictures / "out")
+    with pytest.raises(ValueError, match="line 1: what it asks is in 'query'; it is read in `prompt` or `messages`"):
+        prepared(pictures, asks, instruction="Answer in one word.")
 
 
 # ---- the program and the recipe

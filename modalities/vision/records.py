@@ -27,6 +27,7 @@ IMAGE = Medium("image", ("image", "image_url"), ("image", "image_url", "path", "
 VIDEO = Medium("video", ("video", "video_url"), ("video", "video_url", "path", "url"), ("videos", "video"))
 FORM = Form("image", [IMAGE, VIDEO], ("transcript", "text", "caption"))  # what the image says or shows
 ASKING = ("question", "query", "conversations")  # where others keep what is asked; an image alone would lose it
+GROUNDING = ("<ref-object>", "<bbox>")  # ms-swift's
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")  # of videos
 
 
@@ -51,12 +52,15 @@ def scene_draft(scene: Scene, split: str, instruction: str = "") -> Drawn:
 def image_draft(record: Mapping[str, Any], where: str, instruction: str = "") -> Drawn:
     """A question with images or videos: messages whose parts hold or name them (TRL), with <image> and <video> tags
     (ms-swift), or `image` and `prompt`. Where nothing marks their place, they come before the first question."""
-    instruction = record.get("instruction") or instruction
     bare = "messages" not in record and "prompt" not in record
-    if bare and not instruction and (name := next((name for name in ASKING if record.get(name)), None)):
+    own = record.get("instruction")  # one for all records does not say what this one asks
+    if bare and not own and (name := next((name for name in ASKING if record.get(name)), None)):
         raise SampleError(f"what it asks is in {name!r}; it is read in `prompt` or `messages`")
+    said = str([record.get(name) for name in ("messages", "prompt", "completion")])
+    if tag := next((tag for tag in GROUNDING if tag in said), None):
+        raise SampleError(f"it has {tag}, a place for one of its `objects`, which are not read; write their text there")
     student = [{"role": "user", "content": []}] if bare else conversation(record, FORM)
-    student[-1]["content"] += text_parts(instruction)
+    student[-1]["content"] += text_parts(own or instruction)
     files = _take_files(student, record)
     teacher = teacher_of(record, student, FORM)
     meta = {"question": question_of(teacher), **meta_of(record, FORM)}
