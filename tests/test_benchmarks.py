@@ -349,6 +349,7 @@ def test_mathverse(doc: dict[str, Any], response: str, expected: tuple[Any, str,
         ("A dog, so B", (False, "A", "rule")),
         ("It is B", (False, "", "rule")),  # no place where the published rule looks
         ("It is not A.\nAnswer: B", (True, "B", "quick")),
+        ("**B**", (True, "B", "quick")),
         ("", (False, "", "rule")),
     ],
 )
@@ -369,6 +370,8 @@ SUBJECT = {"question_type": "multiple-choice", "options": ["a red box", "a vase"
         ("What is shown here is clearly The Fox", (True, "C", "rule")),  # more than five words: an option's text
         ("I see a red box above the fox there", (True, "C", "rule")),  # the last of two
         ("\\boxed{C}", (True, "C", "quick")),
+        ("**C**", (True, "C", "quick")),
+        ("**C. the fox**", (True, "C", "quick")),
     ],
 )
 def test_mmmu_choices(response: str, expected: tuple[Any, str, str]):
@@ -604,6 +607,23 @@ def test_answers_to_questions_of_our_own_go_to_lmms_eval_too(world, tmp_path, ca
         assert [t["doc_id"] for t in told] == [0, 1, 2, 3] and all(t["input"].strip() for t in told)
         assert [t["filtered_resps"] for t in told] == [r[side] for r in own]
         assert [t["score"] for t in told] == [float(r[f"{side}_correct"]) for r in own]
+
+
+def test_an_export_numbers_questions_by_their_place_whatever_was_asked_when(world, tmp_path):
+    broken = {"image": {"bytes": png()[:60], "path": None}}
+    path = parquet(tmp_path / "m.parquet", [mmstar(i, **(broken if i == 1 else {})) for i in range(101)])
+    output, folder = tmp_path / "answers.jsonl", tmp_path / "lmms"
+    words = ["--benchmark", f"mmstar={path}", "--output", str(output), "--lmms-eval", str(folder)]
+    assert run(world, *words, "--limit", "1") == 0
+    first = json.loads(output.read_text())
+    asked_later = [0, *range(2, 100)]  # the last question's answer comes first, and the first one's after a stop
+    output.write_text("".join(json.dumps({**first, "key": str(i)}) + "\n" for i in [100, *asked_later[1:]]))
+    shutil.rmtree(folder)
+    assert run(world, *words) == 0
+    assert [json.loads(line)["key"] for line in output.read_text().splitlines()][-1] == "0"
+    (written,) = folder.glob("*_samples_mmstar.jsonl")
+    numbers = [(told["doc_id"], told["key"]) for told in map(json.loads, written.read_text().splitlines())]
+    assert numbers == [(i, str(i)) for i in [*asked_later, 100]]
 
 
 # ---- tables and exports

@@ -36,7 +36,7 @@ class Tally:
     """How many questions were seen, and which are broken."""
 
     name: str
-    seen: set[str] = field(default_factory=set)
+    seen: dict[str, int] = field(default_factory=dict)  # key -> place in the benchmark, from 0
     broken: dict[str, str] = field(default_factory=dict)
 
     def skip(self, key: str, reason: str) -> None:
@@ -63,12 +63,13 @@ def answer(
     view: str = "student",
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of all questions, of the first `limit` of each benchmark; those that `output` holds are not asked again.
+    """Records of all questions, of the first `limit` of each benchmark, each with its `place` in the benchmark from 0;
+    those that `output` holds are not asked again.
 
     `run` is what the answers depend on; it goes into every record, and an output of another run is refused. Raises
     RuntimeError when more than 1 % of a benchmark's questions are broken; what was answered stays.
     """
-    records, asked = kept(output, run), set[tuple[str, str]]()
+    records, places = kept(output, run), dict[tuple[str, str], int]()
     with output.open("a", encoding="utf-8") as file:
         for benchmark in benchmarks:
             tally = Tally(benchmark.name)
@@ -83,8 +84,9 @@ def answer(
                 file.flush()
                 records += new
             tally.check(1)
-            asked |= {(benchmark.name, key) for key in tally.seen}
-    return [r for r in records if (r["benchmark"], r["key"]) in asked]  # the output may hold more
+            places |= {(benchmark.name, key): place for key, place in tally.seen.items()}
+    records = [r | {"place": places.get((r["benchmark"], r["key"]))} for r in records]
+    return [r for r in records if r["place"] is not None]  # the output may hold more
 
 
 def watched[T](questions: Iterable[T], name: str, total: int) -> Iterable[T]:
@@ -96,7 +98,7 @@ def watched[T](questions: Iterable[T], name: str, total: int) -> Iterable[T]:
 def pairs(questions: Iterable[tuple[str, Read]], adapter: Adapter, done: set[str], tally: Tally) -> Iterator[Pair]:
     """Those that are still to be answered; broken ones are counted and left out."""
     for key, read in questions:
-        tally.seen.add(key)
+        tally.seen.setdefault(key, len(tally.seen))
         if key in done:
             continue
         try:

@@ -46,7 +46,9 @@ def one_side(record: Record, side: str) -> dict[str, Any]:
 
 
 def numbered(records: Sequence[Record]) -> list[dict[str, Any]]:
-    return [sample(number, record) for number, record in enumerate(records) if record["correct"] is not None]
+    """In the order of their numbers: the question's place in its benchmark, or among the records."""
+    samples = [sample(r.get("place", n), r) for n, r in enumerate(records) if r["correct"] is not None]
+    return sorted(samples, key=lambda s: s["doc_id"])
 
 
 def sample(number: int, record: Record) -> dict[str, Any]:

@@ -6,7 +6,7 @@ nothing in a response, there is a quick rule of ours in its place; `how` of a ve
     rule    the published rule
     model   a model, as published; the request to it is our own wording
     quick   our rule, because no model is set, or because the published rule reads nothing and the response announces
-            an answer ("answer: B", \\boxed{B})
+            an answer ("answer: B", \\boxed{B}) or is one in Markdown (**B**)
     random  MMMU: an option drawn at random, the same one for a question every time
 
 Thoughts in <think> are left out before, and of a response with <answer> only what that holds is read.
@@ -21,7 +21,7 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from xmodal_opd.scoring.answers import announced, equivalent, extract, numbers, option, without_thoughts
+from xmodal_opd.scoring.answers import announced, equivalent, extract, numbers, option, plain, without_thoughts
 from xmodal_opd.scoring.judge import comparison, verdict
 from xmodal_opd.scoring.layouts import tagged_answer
 from xmodal_opd.serving import Failure
@@ -66,8 +66,8 @@ class Rules:
 def score(name: str, responses: Sequence[str], docs: Sequence[Doc], ask: Ask | None = None) -> list[Verdict]:
     """The verdict on each response. What a model fails to tell is undecided, with the reason as `how`."""
     rules = RULES[name]
-    plain = [tagged_answer(without_thoughts(response)).strip() for response in responses]
-    readings = (read_by_rule if ask is None or rules.asked is None else partial(read_by_model, ask))(rules, plain, docs)
+    said = [tagged_answer(without_thoughts(response)).strip() for response in responses]
+    readings = (read_by_rule if ask is None or rules.asked is None else partial(read_by_model, ask))(rules, said, docs)
     verdicts = [
         Verdict(None, "", str(r)) if isinstance(r, Failure) else Verdict(rules.right(r[0], doc), *r)
         for r, doc in zip(readings, docs, strict=True)
@@ -230,7 +230,8 @@ def mmstar_read(response: str, doc: Doc) -> str | None:
 
 
 def announced_option(response: str, doc: Doc) -> Reading:
-    found = option(announced(response) or "")
+    """The option that a response announces, or is once Markdown and LaTeX are off: **B**."""
+    found = option(announced(response) or plain(response))
     return (found[0], "quick") if found else ("", "rule")
 
 
@@ -263,7 +264,7 @@ def _last(text: str, forms: Mapping[str, str]) -> str | None:
 
 
 def mmmu_guess(response: str, doc: Doc) -> Reading:
-    """An announced option, else one at random that depends on the question alone."""
+    """An option announced or alone, else one at random that depends on the question alone."""
     found, how = announced_option(response, doc)
     options = letters(doc["options"])
     return (found, how) if found and found in options else (random.Random(str(doc["id"])).choice(options), "random")
