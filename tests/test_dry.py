@@ -52,6 +52,7 @@ def test_apo_has_the_numbers_of_its_paper():
     recipe = config.load(str(CONFIGS / "apo_qwen2_5_vl_3b.yaml"))
     group, policy, reference = recipe.rollout.samplings["group"], *recipe.objective.values()
     assert (group.n, group.temperature, recipe.train.prompts, recipe.rollout.max_tokens) == (8, 1.0, 128, 4096)
+    assert recipe.train.prompts * group.n / recipe.train.minibatches == 64
     assert policy.advantages == ["reward", {"group_normalize": {"eps": 1e-9}}, "stcr"]
     assert (policy.surrogate, policy.reduction) == ("ppo_clip", "token")
     assert (reference.divergence, reference.weights, reference.scale) == ("k3", ["dads"], 1e-3)
