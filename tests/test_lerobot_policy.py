@@ -103,16 +103,22 @@ def test_a_camera_that_lerobot_has_not_is_named(policy):
 EPISODES, TASK = 20, "button-press-topdown-wall-v3"
 SAYS = {"Bypass a wall and press a button from the top": "press the button behind the wall from above"}
 LEROBOT_EVAL = """
+import mujoco
 from lerobot.envs.metaworld import MetaworldEnv
 from lerobot.scripts.lerobot_eval import main
 
 made = MetaworldEnv._ensure_env
 
-def made_as_ours(self):  # lerobot has no option for where its camera hangs, nor for its 500 steps
+def made_as_ours(self):  # lerobot has no options for where its camera hangs, for shadows and sky, for its 500 steps
     fresh = self._env is None
     made(self)
     if fresh:
-        self._env.model.cam_pos[2] += {moved}
+        model = self._env.model
+        model.cam_pos[2] += {moved}
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+        scene = self._env.mujoco_renderer._get_viewer("rgb_array").scn
+        for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
+            scene.flags[getattr(mujoco.mjtRndFlag, "mjRND_" + flag)] = 0
         self._max_episode_steps = {horizon}
 
 MetaworldEnv._ensure_env = made_as_ours
@@ -125,7 +131,8 @@ main()
     "XMODAL_LEROBOT" not in os.environ, reason="takes twenty minutes: each step is drawn twice, in 480 x 480"
 )
 def test_lerobot_eval_counts_the_successes_that_our_own_runner_counts(tmp_path):
-    """In the same world, but for its pictures: 480 x 480 with shadows there, scaled down; 112 x 112 without here."""
+    """In the same world, but for its pictures: 480 x 480 there, scaled down; 112 x 112 here. With shadows and sky, which
+    the policy never saw, 0 of 20 succeeded there, and 8 of 20 here."""
     pytest.importorskip("metaworld", reason="pip install 'xmodal-opd[robot]'")
     options = [f"data.tasks=[{TASK}]", f"data.test={EPISODES}", "eval.kl=false"]
     parts = inspect.measured(config.load("configs/vla_opd.yaml", options), None)
