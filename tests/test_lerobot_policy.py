@@ -131,8 +131,8 @@ main()
     "XMODAL_LEROBOT" not in os.environ, reason="takes twenty minutes: each step is drawn twice, in 480 x 480"
 )
 def test_lerobot_eval_counts_the_successes_that_our_own_runner_counts(tmp_path):
-    """In the same world, but for its pictures: 480 x 480 there, scaled down; 112 x 112 here. With shadows and sky, which
-    the policy never saw, 0 of 20 succeeded there, and 8 of 20 here."""
+    """In the same world, but for its pictures: 480 x 480 there, scaled down; 112 x 112 here. With shadows and a sky,
+    which the policy never saw, 0 of 20 succeeded there, and 8 of 20 here."""
     pytest.importorskip("metaworld", reason="pip install 'xmodal-opd[robot]'")
     options = [f"data.tasks=[{TASK}]", f"data.test={EPISODES}", "eval.kl=false"]
     parts = inspect.measured(config.load("configs/vla_opd.yaml", options), None)
