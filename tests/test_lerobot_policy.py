@@ -127,9 +127,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "XMODAL_LEROBOT" not in os.environ, reason="takes twenty minutes: each step is drawn twice, in 480 x 480"
-)
+@pytest.mark.skipif("XMODAL_LEROBOT" not in os.environ, reason="takes three minutes, and reaches into lerobot's world")
 def test_lerobot_eval_counts_the_successes_that_our_own_runner_counts(tmp_path):
     """In the same world, but for its pictures: 480 x 480 there, scaled down; 112 x 112 here. With shadows and a sky,
     which the policy never saw, 0 of 20 succeeded there, and 8 of 20 here."""
