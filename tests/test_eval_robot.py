@@ -1,6 +1,5 @@
 """The evaluation of robots: what is counted, what survives, what is refused. Real workers, with the toy's world."""
 
-import argparse
 import json
 import os
 import signal
@@ -162,7 +161,7 @@ def test_actions_that_are_no_numbers_fail_their_episode_and_those_of_another_rob
         run("--episodes-per-task", "1", "--tasks", "reach", output=tmp_path / "b", policy=f"recorded:{recording}")
 
 
-def test_wrong_words_are_refused_in_a_sentence(tmp_path):
+def test_wrong_words_are_refused_in_a_sentence(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"no task 'pull'; there are 0 to 2: reach, push, carry"):
         run("--tasks", "pull", output=tmp_path)
     with pytest.raises(ValueError, match="--protocol is of LIBERO"):
@@ -171,8 +170,9 @@ def test_wrong_words_are_refused_in_a_sentence(tmp_path):
         run("--option", "horizon", output=tmp_path)
     with pytest.raises(ValueError, match="horizon is a number of steps from 1 on, not -5"):
         run("--option", "horizon=-5", output=tmp_path)
-    with pytest.raises(argparse.ArgumentTypeError, match="0 is not a number from 1 on"):
-        eval_robot.positive("0")
+    with pytest.raises(SystemExit):
+        run("--workers", "0", output=tmp_path)
+    assert "argument --workers: '0' is not a whole number from 1 on" in capsys.readouterr().err
     assert eval_robot.chosen(["reach", "push"], "reach,push,0") == ["reach", "push"]
     with pytest.raises(ValueError, match="there is no policy 'best'"):
         make("best", size=3, rules=None, recipe=None)

@@ -15,15 +15,18 @@ again with the same settings, it goes on behind the last counted questions.
 
 import argparse
 import json
-import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import file_digest, sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):  # run as a program, not from its package
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.arguments import from_one, over_zero
 
 Counts = dict[int, int | None]  # place of a question among all -> how often it was right; None: it is broken
 
@@ -34,7 +37,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--checkpoint", help="a checkpoint or model folder that answers; default: the recipe's model")
     parser.add_argument("--samples", type=from_one, default=8, help="answers to each question, N (8)")
-    parser.add_argument("--temperature", type=positive, default=1.0, help="of the answers (1)")
+    parser.add_argument("--temperature", type=over_zero, default=1.0, help="of the answers (1)")
     parser.add_argument("--cap", type=from_one, default=4, help="how often a question comes at most in an epoch (4)")
     parser.add_argument(
         "--shape", choices=("auto", "u", "j"), default="auto", help="the band: what the counts say (auto)"
@@ -43,23 +46,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="the index to write; default: index-balanced.json beside the first shard")
     return parser
-
-
-def from_one(text: str) -> int:
-    return fitting(text, int, 1, "a whole number from 1 on")
-
-
-def positive(text: str) -> float:
-    return fitting(text, float, sys.float_info.min, "a number over 0")
-
-
-def fitting[N: (int, float)](text: str, kind: Callable[[str], N], least: float, what: str) -> N:
-    try:
-        if math.isfinite(value := kind(text)) and value >= least:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
 
 def main() -> None:

@@ -373,14 +373,11 @@ class Together:
     def answer(self, some: Sequence[tuple[Seat, Future[np.ndarray]]]) -> None:
         try:
             answers = self.policy.act([seat for seat, _ in some])
-        except Unusable as error:  # of one of them: each is asked alone
-            if len(some) > 1:
+        except Exception as error:  # all who wait must hear of it
+            if isinstance(error, Unusable) and len(some) > 1:  # but for what one of them did: each is asked alone
                 for one in some:
                     self.answer([one])
-            else:
-                some[0][1].set_exception(error)
-            return
-        except Exception as error:  # all who wait must hear of it
+                return
             for _, future in some:
                 future.set_exception(error)
             return
