@@ -1,6 +1,6 @@
 """Scenes to be drawn, and people's own images, as drafts of samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -49,6 +49,13 @@ def scene_draft(scene: Scene, split: str, instruction: str = "") -> Drawn:
     return Drawn("scenes", student, teacher, scene.answer, {"question": question, **meta}, scene=scene)
 
 
+def refuse_grounding(messages: Sequence[Message], *answers: str | None) -> None:
+    """Raises SampleError where a text holds a place for what ms-swift keeps in `objects`."""
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if tag := next((tag for tag in GROUNDING if any(tag in text for text in [*texts, *filter(None, answers)])), None):
+        raise SampleError(f"it has {tag}, a place for one of its `objects`, which are not read; write their text there")
+
+
 def image_draft(record: Mapping[str, Any], where: str, instruction: str = "") -> Drawn:
     """A question with images or videos: messages whose parts hold or name them (TRL), with <image> and <video> tags
     (ms-swift), or `image` and `prompt`. Where nothing marks their place, they come before the first question."""
@@ -56,15 +63,14 @@ def image_draft(record: Mapping[str, Any], where: str, instruction: str = "") ->
     own = record.get("instruction")  # one for all records does not say what this one asks
     if bare and not own and (name := next((name for name in ASKING if record.get(name)), None)):
         raise SampleError(f"what it asks is in {name!r}; it is read in `prompt` or `messages`")
-    said = str([record.get(name) for name in ("messages", "prompt", "completion")])
-    if tag := next((tag for tag in GROUNDING if tag in said), None):
-        raise SampleError(f"it has {tag}, a place for one of its `objects`, which are not read; write their text there")
     student = [{"role": "user", "content": []}] if bare else conversation(record, FORM)
     student[-1]["content"] += text_parts(own or instruction)
     files = _take_files(student, record)
     teacher = teacher_of(record, student, FORM)
     meta = {"question": question_of(teacher), **meta_of(record, FORM)}
-    return Drawn(where, student, teacher, answer_of(record), meta, files=files)
+    answer = answer_of(record)
+    refuse_grounding(student, answer, meta.get("response"))
+    return Drawn(where, student, teacher, answer, meta, files=files)
 
 
 def _take_files(messages: list[Message], record: Mapping[str, Any]) -> dict[str, str]:
