@@ -83,3 +83,16 @@ def test_what_follows_two_dashes_is_vllms():
     own, more = serve_vllm.split(["default", "--servers", "2", "--", "--dtype", "float32"])
     assert serve_vllm.parser().parse_args(own).servers == 2
     assert more == ["--dtype", "float32"]
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    shown = subprocess.Popen(
+        [sys.executable, "-u", "-m", "xmodal_opd.cli", "show", "cord_audio"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert shown.stdout and shown.stderr
+    shown.stdout.close()
+    assert shown.wait(60) == 141 and shown.stderr.read() == ""
+    shown.stderr.close()

@@ -228,10 +228,12 @@ class Model:
 
     def __init__(self, folder: Path, recipe: str | None, rules: Rules | None):
         from xmodal_opd import config, inspect
+        from xmodal_opd.cli import quiet
         from xmodal_opd.rollout.env import EnvSampler
 
         if recipe is None:
             raise ValueError(f"{folder} is a model; name the recipe it was trained by with --recipe")
+        quiet()
         parts = inspect.measured(config.load(recipe, []), str(folder))
         if not isinstance(parts.sampler, EnvSampler):
             raise ValueError(f"{recipe} is not of modality action; name the recipe that {folder} was trained by")

@@ -1,6 +1,7 @@
 """xmodal-opd train | eval | check | export | show | report. Heavy imports come after the arguments are read."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ OVERRIDES = "key.sub=value, such as train.steps=20 or run_dir=runs/mine"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 cannot be run (one sentence says why), 2 wrong usage, 130 or 143 stopped."""
+    """Exit code: 0 done, 1 cannot be run (one sentence says why), 2 wrong usage, 130, 141 or 143 stopped."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
@@ -22,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = "the same --output" if arguments.run is evaluate else "--resume"
         print(f"stopped; what was saved stays good: go on with {how}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed
+        return 141
     except (ValueError, KeyError, RuntimeError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
