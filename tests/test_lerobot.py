@@ -3,9 +3,11 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lerobot.datasets.lerobot_dataset", reason="pip install 'xmodal-opd[lerobot]'")
 
@@ -15,7 +17,14 @@ from modalities.action.lerobot import TEXT, played, replayed, write, write_decis
 from modalities.action.tokens import load_normalizer
 from modalities.action.toy import Toy
 from modalities.vision.media import decode
+from xmodal_opd import config
+from xmodal_opd.build import build, open_shards
 from xmodal_opd.data import Shards
+from xmodal_opd.scoring.forward import token_logp
+from xmodal_opd.step import train_step
+from xmodal_opd.tokens import token_batch
+from xmodal_opd.train import train
+from xmodal_opd.types import SampleError
 
 STARTS = [("push", 3), ("reach", 2)]
 
@@ -149,3 +158,88 @@ def test_images_may_be_videos(episodes, tmp_path):
     assert dataset.meta.video_keys == ["observation.images.top"] and list((tmp_path / "video").rglob("*.mp4"))
     image = (dataset[2]["observation.images.top"].permute(1, 2, 0) * 255).numpy()
     assert np.abs(image - episodes[0][2].seen["images"]["top"]).mean() < 8
+
+
+# ---- learning from decisions in shards
+
+SHOWN = """
+name: shown
+modality: action
+model: {{name: default}}
+data: {{tasks: [reach, push], test: 1, demonstrations: {shards}}}
+robot: {{name: toy, options: {{horizon: 4}}, cameras: [top], image_size: 56, size: 3, chunk: 4, workers: 1}}
+rollout: {{max_tokens: 12, samplings: {{shown: {{n: 1}}}}}}
+objective: {{shown: {{sampling: shown, advantages: [constant], surrogate: reinforce, reduction: token}}}}
+engine: {{share_prefix: false, device: cpu}}
+optim: {{lr: 3.0e-3}}
+train: {{steps: 8, prompts: 6}}
+eval: {{kl: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(folder, tmp_path_factory):
+    shards = tmp_path_factory.mktemp("shards") / "decisions"
+    write_decisions(str(folder), shards, chunk=4, progress=False)
+    return shards
+
+
+def recipe(shards, tmp_path, *overrides):
+    (tmp_path / "shown.yaml").write_text(SHOWN.format(shards=shards))
+    return config.load(str(tmp_path / "shown.yaml"), [f"run_dir={tmp_path / 'run'}", *overrides])
+
+
+@pytest.fixture
+def parts(shards, tmp_path):
+    parts = build(recipe(shards, tmp_path))
+    yield parts
+    parts.sampler.workers.close()
+
+
+def test_a_decision_in_shards_is_seen_as_it_is_in_the_simulator(episodes, shards, parts):
+    (_, pair), *_ = Shards(str(shards), shuffle=False).pairs(parts.adapter, epochs=1)
+    live = parts.adapter.observed(pair.key, episodes[0][0].seen, {})
+    assert pair.views.keys() == live.views.keys() == {"student", "teacher"}
+    for view, inputs in live.views.items():
+        ours, theirs = (parts.adapter.batch([some]) for some in (pair.views[view], inputs))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (rollout,) = parts.sampler_at(0).generate([pair], parts.samplings, 0)["shown"]
+    assert rollout.tokens == parts.adapter.ids(np.stack([step.action for step in episodes[0][:4]]))
+
+
+def test_what_was_shown_is_learnt_and_its_loss_is_its_log_likelihood(shards, parts):
+    pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 6)]
+    told = [train_step(parts, pairs, number) for number in range(8)]
+    rollouts = parts.sampler_at(0).generate(pairs, parts.samplings, 0)["shown"]
+    fresh = build(parts.recipe)
+    with torch.no_grad():
+        hidden = fresh.responses.hidden(fresh.student, rollouts, "student")
+    mask = token_batch(rollouts).mask
+    logp = token_logp(fresh.student, hidden, rollouts, mask, fresh.responses.among)
+    assert told[0]["nll"] == pytest.approx(-(logp.sum() / mask.sum()).item(), rel=1e-4)
+    assert told[-1]["nll"] < told[0]["nll"] - 0.3
+    assert not {"episodes", "entropy"} & told[0].keys() and told[0]["num_tokens"] == mask.sum()
+
+
+def test_a_run_on_what_was_shown_plays_the_test_alone(shards, tmp_path):
+    summary = train(recipe(shards, tmp_path, "train.steps=1"))
+    assert summary["episodes"] == 0 and (tmp_path / "run" / "eval" / "after.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [("judge={name: success}", "judge"), ("robot.depth=opad", "robot.depth"), ("rollout.samplings.shown.n=2", "n")],
+)
+def test_what_needs_an_episode_is_refused_where_none_is_played(shards, tmp_path, more, why):
+    with pytest.raises(ValueError, match=rf"one chunk of actions for each .* so \S*{why} would do nothing"):
+        recipe(shards, tmp_path, more)
+
+
+def test_shards_that_show_no_robot_and_cameras_that_are_not_there_are_told(folder, shards, tmp_path, parts):
+    (sample,) = islice(Shards(str(shards), shuffle=False).samples(epochs=1), 1)
+    with pytest.raises(SampleError, match=r"shows no robot: its meta has no 'actions'; python tools/prepare_shards"):
+        parts.adapter.pair(sample | {"meta": {"observation": {}}})
+    with pytest.raises(SampleError, match=r"no camera 'top'; there are: side"):
+        parts.adapter.pair(sample | {"media": {"side.png": sample["media"]["top.png"]}})
+    with pytest.raises(SampleError, match=r"one decision of this robot is \[1 to 4, 3\]"):
+        parts.adapter.pair(sample | {"meta": {**sample["meta"], "actions": [[0.0, 0.0]]}})

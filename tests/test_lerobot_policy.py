@@ -1,11 +1,13 @@
 """Our policy in lerobot: found by its name, the same decisions as our own runner's, and a real lerobot-eval."""
 
+import copy
 import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from lerobot.policies.factory import get_policy_class, make_policy_config, make_
 from modalities.action.lerobot import played
 from modalities.action.toy import Toy
 from xmodal_opd import config, inspect, measure
-from xmodal_opd.build import open_tests
+from xmodal_opd.build import build, open_shards, open_tests
 from xmodal_opd.statistics import wilson_interval
+from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair, Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +90,25 @@ def test_it_learns_what_a_dataset_of_lerobots_shows(policy):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) == told["loss"]
     loss.backward()
     assert policy.model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_what_lerobot_trained_teaches_in_a_recipe(policy, recipe, tmp_path):
+    trained = copy.deepcopy(policy)
+    with torch.no_grad():
+        trained.model.get_input_embeddings().weight += 0.05
+    trained.save_pretrained(tmp_path / "theirs")
+    export = importlib.import_module("lerobot_policy_xmodal.export").export
+    export(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    with pytest.raises(ValueError, match="is there already"):
+        export(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    teacher = f"objective.episodes.teacher={{model: {tmp_path / 'ours'}, view: student}}"
+    parts = build(config.load(recipe, [teacher, "data.test=1"]))
+    learnt, told = parts.models[str(tmp_path / "ours")].state_dict(), trained.model.state_dict()
+    assert learnt.keys() == told.keys() and all(torch.equal(learnt[name], told[name]) for name in told)
+    pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 1)]
+    values = train_step(parts, pairs, 0)
+    parts.sampler.workers.close()
+    assert values["distill/episodes"] > 1e-3 and values["grad_norm"] > 0
 
 
 def test_a_camera_that_lerobot_has_not_is_named(policy):

@@ -94,7 +94,9 @@ def test_a_decision_longer_than_an_answer_may_be_is_refused():
 def test_what_a_robot_recipe_may_say_is_told():
     with pytest.raises(ValueError, match=r"unknown key 'robot.chunks' \(did you mean 'chunk'\?\)"):
         config.load(ROBOT, ["robot.chunks=4"])
-    with pytest.raises(ValueError, match=r"unknown key 'data.prepare'; keys here: first, seed, tasks, test, train"):
+    with pytest.raises(
+        ValueError, match=r"unknown key 'data.prepare'; keys here: demonstrations, first, seed, tasks, test, train"
+    ):
         config.load(ROBOT, ["data.prepare=null"])
 
 

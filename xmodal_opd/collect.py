@@ -18,9 +18,10 @@ from xmodal_opd.metrics import reward_metrics
 from xmodal_opd.objective import rows as take
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.ahead import Ahead
+from xmodal_opd.rollout.demonstrated import Demonstrated
 from xmodal_opd.scoring.forward import divergence, statistics
 from xmodal_opd.scoring.judge import judge
-from xmodal_opd.scoring.mismatch import mismatch, trainer_logp
+from xmodal_opd.scoring.mismatch import likelihood, mismatch, trainer_logp
 from xmodal_opd.scoring.outcomes import entropies, outcomes
 from xmodal_opd.scoring.served import Source, ask_teachers
 from xmodal_opd.teachers import Told, by_teacher, heard, served_scores, wanted
@@ -72,7 +73,7 @@ def sample(
     sampling = [name for name, some in answers.items() for _ in some]
     judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
     asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, rollouts, sampling), rollouts)
-    batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling)
+    batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling, number)
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
     told = asking.result()
@@ -84,6 +85,7 @@ def sample(
     step = gathered(*heard(rollouts, sampling, batch, told))
     step, betas = dually(parts, step)
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
+    apart |= likelihood(step.everyone) if isinstance(parts.sampler_at(number), Demonstrated) else {}
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
     verdicts = outcomes(judged_rows(parts, step)) | entropies(step.everyone)
     return step, describe(parts, answers, rewards, failures) | verdicts | betas | age | apart | lost
@@ -130,12 +132,12 @@ def answered(
 
 
 def with_trainer_logp(
-    parts: Parts, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str]
+    parts: Parts, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str], number: int
 ) -> TokenBatch:
     """The sampler's log-probs as the score `sampler_logp`, and as `student_logp` the trainer's own: the very same where
     the trainer samples, else from a forward over all answers."""
     scores = Scores(batch.scores, sampler_logp=batch.student_logp)
-    if parts.sampler.exact:
+    if parts.sampler_at(number).exact:
         return replace(batch, scores=scores)
     views = [parts.samplings[name].view for name in sampling]
     cutter = partial(pieces, parts)
@@ -245,8 +247,9 @@ def describe(
     return {
         "completions/mean_length": sum(len(r.tokens) for r in every) / len(every),
         "completions/clipped_ratio": sum(not r.finished for r in every) / len(every),
-        "entropy": -sum(tokens) / len(tokens),  # of the sampled tokens: unbiased only at temperature 1
         "num_tokens": float(len(tokens)),
+        # of the sampled tokens: unbiased only at temperature 1, and none of what was not sampled
+        **({"entropy": -sum(tokens) / len(tokens)} if any(tokens) else {}),
         **({"student_accuracy": sum(gold) / len(gold)} if gold else {}),
         **of_a_step(every),
         **reward_metrics(rewards[first].tolist(), [hash(groups[row]) for row in first]),

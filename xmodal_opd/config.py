@@ -227,6 +227,19 @@ def check_robot(path: str, recipe: Recipe) -> None:
             f"{path}: a decision is robot.chunk {chunk} x robot.size {size} = {chunk * size} tokens, and "
             f"rollout.max_tokens is {most}; set it to {chunk * size}, or take shorter chunks"
         )
+    if recipe.data.demonstrations:
+        check_demonstrations(path, recipe)
+
+
+def check_demonstrations(path: str, recipe: ActionRecipe) -> None:
+    """Of what was shown there is one answer to each observation, and no outcome."""
+    several = [f"rollout.samplings.{name}.n" for name, some in recipe.rollout.samplings.items() if some.n > 1]
+    asked = {"judge": recipe.judge, "robot.depth": recipe.robot.depth} | dict.fromkeys(several, True)
+    if idle := [key for key, value in asked.items() if value is not None]:
+        raise ValueError(
+            f"{path}: data.demonstrations shows one chunk of actions for each observation, and no episode is played in "
+            f"training, so {idle[0]} would do nothing; take it out, or the demonstrations"
+        )
 
 
 def check_dual(path: str, recipe: Recipe) -> None:

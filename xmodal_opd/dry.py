@@ -104,6 +104,9 @@ def tokens(recipe: schema.Recipe, devices: int) -> Iterator[str]:
 def decisions(recipe: schema.ActionRecipe, devices: int) -> Iterator[str]:
     """How many episodes a step plays, what a decision is, and how many simulators run."""
     starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
+    if recipe.data.demonstrations:
+        yield f"a step     {starts} decisions of {recipe.data.demonstrations}, of {robot.chunk} actions at most"
+        return
     plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
     yield f"a step     {starts} start states in {robot.name}; episodes from each: {plan}"
     yield (

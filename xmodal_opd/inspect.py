@@ -39,7 +39,7 @@ def check(recipe: schema.Recipe) -> Iterator[str]:
     yield f"teachers   {', '.join(sorted([*parts.models, *parts.served]))}"
     pairs = probe(parts)
     yield f"data       {read(recipe, pairs)}"
-    parts = aligned(parts, pairs)
+    parts = aligned(parts, starts(parts) if recipe.modality == "action" else pairs)
     how = "shared by" if parts.responses.share else "repeated for"
     yield f"alignment  sampler and training forward agree; prompts are {how} their answers"
     for name, value in train_step(parts, pairs, 0).items():
@@ -47,16 +47,23 @@ def check(recipe: schema.Recipe) -> Iterator[str]:
 
 
 def read(recipe: schema.Recipe, pairs: list[Pair]) -> str:
-    if isinstance(recipe, schema.ActionRecipe):
-        return f"{len(pairs)} start states of {', '.join(recipe.data.tasks)} in {recipe.robot.name}"
-    return f"{len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
+    if not isinstance(recipe, schema.ActionRecipe):
+        return f"{len(pairs)} samples of {recipe.data.train}: views {', '.join(sorted(pairs[0].views))}"
+    if recipe.data.demonstrations:
+        return f"{len(pairs)} decisions of {recipe.data.demonstrations}: views {', '.join(sorted(pairs[0].views))}"
+    return f"{len(pairs)} start states of {', '.join(recipe.data.tasks)} in {recipe.robot.name}"
+
+
+def starts(parts: Parts) -> list[Pair]:
+    """A few start states of the test."""
+    return [pair for _, pair in islice(open_tests(parts.recipe).pairs(parts.adapter, epochs=1), PROBE)]
 
 
 def probe(parts: Parts) -> list[Pair]:
     """A few training pairs; where the shards are still to be made, a handful in a temporary folder."""
     if isinstance(parts.recipe, schema.ActionRecipe):
-        starts, _ = open_shards(parts.recipe)
-        return [pair for _, pair in islice(starts.pairs(parts.adapter), PROBE)]
+        training, _ = open_shards(parts.recipe)
+        return [pair for _, pair in islice(training.pairs(parts.adapter), PROBE)]
     data = parts.recipe.data
     if data.prepare is None or Path(data.train).is_dir():
         return [pair for _, pair in islice(training_shards(parts.recipe).pairs(parts.adapter), PROBE)]

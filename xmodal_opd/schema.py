@@ -89,6 +89,7 @@ class Starts(Part):
     train: int = Field(default=400, ge=1)  # start states of each task
     test: int = Field(default=10, ge=1)
     first: int = Field(default=10_000, ge=1)  # number of the first to learn from; those of the test begin at 0
+    demonstrations: str | None = None  # shards of decisions to learn from, where nothing is played but the test
     seed: int | None = None  # of their order; default: train.seed
 
 
@@ -320,6 +321,11 @@ class ActionRecipe(Recipe):
 def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
     """What a tree of keys is to be read as: the modality decides what `data` may say."""
     return {"vision": SeenRecipe, "action": ActionRecipe}.get(str(tree.get("modality")), Recipe)
+
+
+def learnt_from(recipe: Recipe) -> str:
+    """The shards of training samples; of a robot's recipe those of demonstrations, "" where it has none."""
+    return recipe.data.demonstrations or "" if isinstance(recipe, ActionRecipe) else recipe.data.train
 
 
 def views(recipe: Recipe) -> set[str]:

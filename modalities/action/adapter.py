@@ -54,6 +54,21 @@ class ActionAdapter(ChatAdapter):
         views |= {name: derived(name, views["student"]) for name in self.derive if name in DERIVED}
         return Pair(key, views, None, dict(meta))
 
+    def pair(self, sample: Mapping[str, Any]) -> Pair:
+        """A decision that others made, as `write_decisions` keeps it, seen as one in a simulator is: by the cameras and
+        in the size that the robot's student sees. Raises SampleError, also for actions that no tokens stand for."""
+        key, meta = sample["__key__"], sample["meta"]
+        if missing := [name for name in ("observation", "actions") if name not in meta]:
+            made = "python tools/prepare_shards.py lerobot makes such shards of a LeRobotDataset"
+            raise SampleError(f"sample {key!r} shows no robot: its meta has no {missing[0]!r}; {made}")
+        shown = {name.rpartition(".")[0]: np.asarray(sight.decode(data)) for name, data in sample["media"].items()}
+        seen: Any = {**meta["observation"], "images": shown}
+        self.ids(meta["actions"])
+        try:
+            return self.observed(key, seen, meta)
+        except ValueError as error:
+            raise SampleError(str(error)) from error
+
     def asked(self, key: str, text: str, images: Sequence[Any] = ()) -> Inputs:
         """The view of one user message, images first."""
         self.check_text(key, text)

@@ -142,8 +142,10 @@ def write_decisions(
 
     Every `stride`-th frame (default: every `chunk`-th, as an episode is decided) with `chunk` actions from there on, or
     as many as are left, in `meta.actions` [C, size] in the dataset's units. Their statistics lie beside the shards.
-    Views: the student has all cameras and the instruction, the teacher the column `text` (default: the state in words
-    where there is one, else the state's numbers) and the instruction. Raises ValueError for what the dataset has not.
+    What was seen is in `meta.observation`, as a simulator tells it, with the images beside it: a robot's recipe reads
+    that. Views, for all others: the student has all cameras and the instruction, the teacher the column `text`
+    (default: the state in words where there is one, else the state's numbers) and the instruction. Raises ValueError
+    for what the dataset has not.
     """
     dataset = opened(source)
     column = text or next((name for name in (TEXT, STATE) if name in dataset.features), "")
@@ -220,16 +222,18 @@ def sample(dataset: Any, place: Decision, actions: np.ndarray, column: str) -> d
     """The files of one decision."""
     item = dataset[place.frame]
     images = {f"{key.rpartition('.')[2]}.png": picture(item[key]) for key in dataset.meta.camera_keys}
-    question = QUESTION.format(item["task"].lower())
+    question, words = QUESTION.format(item["task"].lower()), in_words(item[column])
     parts = [{"type": "image", "image": name} for name in images]
+    state = np.asarray(item[STATE]).tolist() if STATE in item else []
     meta = {
         "task": item["task"],
         "episode": place.episode,
         "turn": place.turn,
         "modality": "action",
+        "observation": {"instruction": item["task"], "state": state, "text": words},
         "actions": actions[place.frame : place.until].tolist(),
     }
-    views = {"student": asked(question, parts), "teacher": asked(f"{in_words(item[column])}\n{question}")}
+    views = {"student": asked(question, parts), "teacher": asked(f"{words}\n{question}")}
     record = {"views": views, "answer": None, "meta": meta}
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **images}
 

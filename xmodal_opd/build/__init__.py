@@ -31,6 +31,7 @@ from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.rollout.ahead import Ahead
+from xmodal_opd.rollout.demonstrated import Demonstrated
 from xmodal_opd.rollout.env import EnvSampler
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
@@ -87,10 +88,13 @@ class Parts:
         return self.models[name], view
 
     def sampler_at(self, step: int) -> Sampler:
-        """The sampler of a training step, in which a robot may act as deep into its episodes as the recipe says."""
-        if isinstance(self.recipe, schema.ActionRecipe) and isinstance(self.sampler, EnvSampler):
-            return replace(self.sampler, depth=robots.depth(self.recipe, step))
-        return self.sampler
+        """The sampler of a training step, in which a robot may act as deep into its episodes as the recipe says, or
+        what others did is read."""
+        if not isinstance(self.recipe, schema.ActionRecipe) or not isinstance(self.sampler, EnvSampler):
+            return self.sampler
+        if self.recipe.data.demonstrations:
+            return Demonstrated(self.sampler.adapter)
+        return replace(self.sampler, depth=robots.depth(self.recipe, step))
 
 
 def launch(recipe: schema.Recipe) -> None:
@@ -377,15 +381,17 @@ def training_shards(recipe: schema.Recipe, seed: int = 0, shuffle: bool = True) 
     """This rank's training samples, as far as they are fit for the recipe's teachers."""
     views, needs = views_of_shards(recipe), partial(views_of_teachers, recipe)
     where = {"rank": dist.rank(), "world": dist.world()}
-    return Shards(recipe.data.train, seed=seed, shuffle=shuffle, views=views, needs=needs, **where)
+    return Shards(schema.learnt_from(recipe), seed=seed, shuffle=shuffle, views=views, needs=needs, **where)
 
 
 def open_shards(recipe: schema.Recipe) -> tuple[Shards | robots.Starts, Shards | robots.Starts]:
     """(training shards, shuffled without end; test shards, in order), made first where the recipe says how; or the
-    start states of a robot's episodes."""
+    start states of a robot's episodes, and of those to learn from what others did, where the recipe says where that is.
+    """
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
     if isinstance(recipe, schema.ActionRecipe):
-        return robots.starts(recipe, seed, dist.rank(), dist.world())
+        learnt, tests = robots.starts(recipe, seed, dist.rank(), dist.world())
+        return training_shards(recipe, seed) if recipe.data.demonstrations else learnt, tests
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)
     return training_shards(recipe, seed), open_tests(recipe)

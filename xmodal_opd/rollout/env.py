@@ -51,6 +51,10 @@ class Acting(Adapter, Protocol):
         """A chunk [C, size] in the simulator's units. Raises SampleError for tokens that are no actions."""
         ...
 
+    def ids(self, actions: Any) -> list[int]:
+        """The tokens of such a chunk. Raises SampleError for actions that have none."""
+        ...
+
 
 # ---- decoding
 

@@ -58,6 +58,11 @@ def mismatch(batch: TokenBatch) -> dict[str, float]:
     }
 
 
+def likelihood(batch: TokenBatch) -> dict[str, float]:
+    """`nll`: the mean of −log p of the tokens under the trainer, in nats; of answers that nobody sampled."""
+    return {"nll": -batch.student_logp[batch.mask].double().mean().item()}
+
+
 def corrected(weight: Callable[..., Tensor], batch: TokenBatch) -> dict[str, float]:
     """The share of tokens that a `tis` holds at its cap, or a `mismatch_mask` leaves out; nothing for other weights."""
     name = name_of_piece(weight)
