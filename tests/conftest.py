@@ -29,9 +29,16 @@ def tokenizer():
 
 
 ROOT = Path(__file__).parents[1]
+BRIEF = ("eval.samples=1", "eval.kl=false", "eval.every=0")  # a run that is about something else than what it measures
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+LONG = {"gemma3n", "granite_speech", "voxtral"}  # what hears takes each of them as long as three others take
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in FAMILIES],
+)
 def family(request, tokenizer):
     """(name, model, processor, adapter) of each supported class."""
     model, processor = FAMILIES[request.param].make(tokenizer)

@@ -96,7 +96,10 @@ def llama(tokenizer):
 
 
 def omni(tokenizer):
-    return build_tiny.make_model(tokenizer, 0), build_tiny.make_processor(tokenizer)
+    text = {"num_hidden_layers": 2, "rope_parameters": MROPE | {"mrope_section": [4, 4, 4]}}
+    audio = {"d_model": 96, "encoder_layers": 2, "encoder_ffn_dim": 192}
+    vision = {"depth": 1, "fullatt_block_indexes": [0]}
+    return build_tiny.make_model(tokenizer, 0, 96, text, audio, vision), build_tiny.make_processor(tokenizer)
 
 
 def qwen2_audio(tokenizer):

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import BRIEF
 
 from xmodal_opd import build, config, train
 from xmodal_opd.checkpoint import latest
@@ -57,14 +58,20 @@ def stops_in_the_second_step(prompts, completions, **_):
     return judge(prompts, completions)
 
 
-def run(world, folder, monkeypatch, *overrides, judged=judge, resume=False):
+@pytest.fixture(scope="module", autouse=True)
+def _elsewhere():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "VLLMSampler", Elsewhere)
+        yield
+
+
+def run(world, folder, *overrides, judged=judge):
     """Metrics of a run with the sampler elsewhere, and what happened in it."""
     happened.clear()
     training.clear()
-    monkeypatch.setattr(build, "VLLMSampler", Elsewhere)
-    settings = ["rollout.name=vllm", "rollout.servers=['http://127.0.0.1:1']", f"run_dir={folder}", "eval.every=0"]
+    settings = ["rollout.name=vllm", "rollout.servers=['http://127.0.0.1:1']", f"run_dir={folder}", *BRIEF]
     settings += [f"judge={{name: '{__name__}:{judged.__name__}'}}", "optim.lr=0.01"]
-    train.train(config.load(world["recipe"], [*settings, *overrides]), resume=resume)
+    train.train(config.load(world["recipe"], [*settings, *overrides]))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, list(happened)
 
@@ -73,11 +80,17 @@ def answered(events):
     return [event[2:] for event in events if event[0] == "answered"]
 
 
+@pytest.fixture(scope="module")
+def one_ahead(world, tmp_path_factory):
+    """Such a run of four steps that samples one ahead."""
+    return run(world, tmp_path_factory.mktemp("ahead") / "run", "rollout.ahead=1")
+
+
 def test_every_answer_is_exactly_one_update_old_and_overlaps_the_training_of_the_step_before(
-    world, tmp_path, monkeypatch
+    world, one_ahead, tmp_path
 ):
-    on_policy, events = run(world, tmp_path / "0", monkeypatch)
-    ahead, moved = run(world, tmp_path / "1", monkeypatch, "rollout.ahead=1")
+    ahead, moved = one_ahead
+    on_policy, events = run(world, tmp_path)
     assert [line["rollout/age"] for line in ahead] == [0, 1, 1, 1]
     assert "rollout/age" not in on_policy[0]
     apart = [line["sampling/sampling_logp_difference/mean"] for line in ahead]
@@ -92,10 +105,10 @@ def test_every_answer_is_exactly_one_update_old_and_overlaps_the_training_of_the
     assert all("sync_time" in line for line in ahead)
 
 
-def test_a_run_stopped_with_answers_ahead_asks_for_them_again(world, tmp_path, monkeypatch):
-    whole, events = run(world, tmp_path / "whole", monkeypatch, "rollout.ahead=1")
+def test_a_run_stopped_with_answers_ahead_asks_for_them_again(world, one_ahead, tmp_path):
+    whole, events = one_ahead
     with pytest.raises(SystemExit) as stopped:
-        run(world, tmp_path / "cut", monkeypatch, "rollout.ahead=1", judged=stops_in_the_second_step)
+        run(world, tmp_path / "cut", "rollout.ahead=1", judged=stops_in_the_second_step)
     assert stopped.value.code == 143 and latest(tmp_path / "cut").name == "step-000002"
     before = answered(happened)
     kept = config.load(str(tmp_path / "cut" / "recipe.yaml"))
@@ -119,7 +132,7 @@ def test_what_fails_ahead_reaches_the_loop_and_the_checkpoint_is_good(world, tmp
 
     monkeypatch.setattr(Elsewhere, "generate", dies)
     with pytest.raises(ConnectionError, match="the servers are gone"):
-        run(world, tmp_path / "run", monkeypatch, "rollout.ahead=1")
+        run(world, tmp_path / "run", "rollout.ahead=1")
     assert latest(tmp_path / "run").name == "step-000002"
 
 

@@ -14,7 +14,7 @@ from xmodal_opd.cli import main
 def test_check_builds_everything_and_runs_the_objective_once(world, capsys, tmp_path):
     assert main(["check", world["recipe"]]) == 0
     printed = capsys.readouterr().out
-    assert "Qwen2_5OmniThinkerForConditionalGeneration, 4.3 M parameters, 1.3 M train" in printed
+    assert "Qwen2_5OmniThinkerForConditionalGeneration, 1.1 M parameters, 0.2 M train" in printed
     assert "views student, teacher" in printed and "alignment" in printed and "distill/tokens" in printed
 
 

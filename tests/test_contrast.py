@@ -45,7 +45,7 @@ def test_hidden_states_in_contrast_are_the_distribution_of_the_paper(tokenizer, 
         q = (p + 0.7 * (p - blank)).log_softmax(-1)
         hidden = responses.contrasted(model, rollouts, "student", ("blank", 0.7))
         logp, entropy = statistics(model, hidden, rollouts, mask)
-    assert (p - blank)[mask].abs().max() > 0.1
+    assert (p - blank)[mask].abs().max() > 0.05
     ids = torch.tensor([token for r in rollouts for token in r.tokens])
     torch.testing.assert_close(logp[mask], q[mask].gather(-1, ids[:, None])[:, 0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(entropy[mask], -(q.exp() * q).sum(-1)[mask], atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ GAPS = {  # recipe: lowest accuracy as text, lowest and highest by ear or eye
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GAPS)
 def test_its_gap_is_there_to_be_closed(name, tmp_path):
     text, least, most = GAPS[name]

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,22 @@ def sharded(tmp_path_factory) -> str:
     return f"engine.zero=3 engine.config={path}"
 
 
-RUNS = {"0": "engine.zero=0", "1": "engine.zero=1", "2": "engine.zero=2", "3": "SHARDED"}
+STAGES = {"0": "engine.zero=0", "1": "engine.zero=1", "2": "engine.zero=2", "3": "SHARDED"}
+RUNS = {"2": STAGES["2"]}
+REST = {stage: STAGES[stage] for stage in "013"}
 LEADS = '{"arithmetic":{"model":"initial"},"ordering":{"view":"student"},"choice":{}}'
 ROUTED = f'objective.tokens.teacher.route={{"field":"task","to":{LEADS}}}'
-RUNS |= {"2-routed": f"engine.zero=2 {ROUTED}"}  # some micro-batches have no question of a teacher on one rank, or any
-RUNS |= {"2-mixed": "engine.zero=2 mixed", "3-mixed": "SHARDED mixed engine.share_prefix=false"}  # rank 1 hears nothing
+REST |= {"2-routed": f"engine.zero=2 {ROUTED}"}  # some micro-batches have no question of a teacher on one rank, or any
+REST |= {"2-mixed": "engine.zero=2 mixed", "3-mixed": "SHARDED mixed engine.share_prefix=false"}  # rank 1 hears nothing
 PARTS = "train.minibatches=2"
-RUNS |= {"2-parts": f"engine.zero=2 {PARTS}"}
+REST |= {"2-parts": f"engine.zero=2 {PARTS}"}
 OFFLOAD = {"2-offload": "engine.zero=2 engine.offload=[optimizer]"}
 OFFLOAD |= {"3-offload": "SHARDED engine.offload=[optimizer,parameters]"}
 LITTLE = "engine.activation_checkpointing=true engine.share_prefix=false"
 MORE = {**OFFLOAD, "2-little": f"engine.zero=2 {LITTLE}", "3-little": f"SHARDED {LITTLE}"}
 ADAPTED = 'model.train=null model.lora={"rank":4}'
 LORA = {"2-lora": f"engine.zero=2 {ADAPTED}", "3-lora": f"SHARDED {ADAPTED}"}
-COARSE = {f"{stage}-bf16": f"{keys} model.dtype=bfloat16" for stage, keys in RUNS.items() if stage in ("1", "2", "3")}
+COARSE = {f"{stage}-bf16": f"{STAGES[stage]} model.dtype=bfloat16" for stage in "123"}
 
 
 def steps_of(runs: dict[str, str], sharded: str) -> list[str]:
@@ -83,35 +86,38 @@ def steps_of(runs: dict[str, str], sharded: str) -> list[str]:
 def two_ranks(world, tmp_path_factory, sharded):
     """The folder of one launch of two processes that did all that the default tests look at."""
     folder = tmp_path_factory.mktemp("two")
-    tasks(world, folder, "pieces in=0", *steps_of(RUNS, sharded))
+    tasks(world, folder, *steps_of(RUNS, sharded))
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_ranks_more(world, tmp_path_factory, sharded):
     folder = tmp_path_factory.mktemp("more")
-    tasks(world, folder, *steps_of(MORE | COARSE | LORA, sharded))
+    tasks(world, folder, "pieces in=.", *steps_of(REST | MORE | COARSE | LORA, sharded))
     return folder
 
 
 @pytest.fixture(scope="module")
 def one_process(world):
-    """Weights and metrics after the same three steps in engine/plain.py: plain, mixed, routed, and in minibatches."""
-    out = {}
-    for kind, overrides in (("plain", ()), ("mixed", ()), ("routed", (ROUTED,)), ("parts", (PARTS,))):
-        parts = ranks.built(world["recipe"], *overrides)
+    """Metrics and weights after the same three steps in engine/plain.py: plain, mixed, routed, or in minibatches."""
+
+    @cache
+    def done(kind):
+        parts = ranks.built(world["recipe"], *{"routed": (ROUTED,), "parts": (PARTS,)}.get(kind, ()))
         told = ranks.advance(parts, range(3), kind == "mixed")
-        out[kind] = told, ranks.weights_of(parts)
-    return out
+        return told, ranks.weights_of(parts)
+
+    return done
 
 
 def same_as(folder: Path, told, expected) -> None:
-    """The saved model, an ordinary folder, has the weights `expected` to 1e-5; its steps measured what `told` says."""
+    """The saved model, an ordinary folder, has the weights `expected` to 2e-5, where three updates move them by 3e-4
+    and Adam divides a gradient's last bits by its size; its steps measured what `told` says."""
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(latest(folder))
     ours = dict(model.named_parameters())
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], value, atol=2e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
     for here, there in zip(json.loads((folder / "metrics.json").read_text()), told, strict=True):
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
 
@@ -121,14 +127,20 @@ def kind_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_at_every_stage_train_what_one_plain_process_trains(two_ranks, one_process, name):
-    same_as(two_ranks / name, *one_process[kind_of(name)])
+def test_two_ranks_train_what_one_plain_process_trains(two_ranks, one_process, name):
+    same_as(two_ranks / name, *one_process("plain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_they_do_at_every_stage_on_routes_in_minibatches_and_where_one_hears_nothing(two_ranks_more, one_process, name):
+    same_as(two_ranks_more / name, *one_process(kind_of(name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_offload_and_activation_checkpointing_change_nothing(two_ranks_more, one_process, name):
-    same_as(two_ranks_more / name, *one_process["plain"])
+    same_as(two_ranks_more / name, *one_process("plain"))
 
 
 @pytest.mark.slow
@@ -167,9 +179,6 @@ def state_of(folder: Path, at: str = "") -> dict[str, torch.Tensor]:
     """All of the optimiser's state in a checkpoint, from every rank's file."""
     there = folder / "checkpoints" / at if at else latest(folder)
     return {k: v for file in sorted(there.glob("optimizer-*")) for k, v in load_file(file).items()}
-
-
-STAGES = {"0": "engine.zero=0", "1": "engine.zero=1", "2": "engine.zero=2", "3": "SHARDED"}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +220,7 @@ def run_of(world, folder: Path, *more: str) -> list[str]:
     return ["train", world["recipe"], *keys]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_a_message(world, tmp_path):
     arguments = ["-m", "xmodal_opd.cli", *run_of(world, tmp_path / "run", "train.steps=5000", "engine.zero=2")]
     with (tmp_path / "log").open("w") as log:
@@ -323,9 +333,10 @@ def test_the_average_of_the_weights_is_refused_where_no_rank_has_them(world):
 # ---- judged over ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name", ranks.PIECES, ids=lambda x: x)
-def test_a_piece_that_looks_at_the_whole_step_does_so_over_ranks(two_ranks, world, plain, kind, name):
-    ours = torch.load(two_ranks / "0" / "pieces.pt", weights_only=True)[f"{kind} {name}"]
+def test_a_piece_that_looks_at_the_whole_step_does_so_over_ranks(two_ranks_more, plain, kind, name):
+    ours = torch.load(two_ranks_more / "pieces.pt", weights_only=True)[f"{kind} {name}"]
     expected = ranks.gradient(plain, kind, name)
     assert expected.norm() > 0
     torch.testing.assert_close(ours, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)

@@ -123,7 +123,10 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize("how, why", [("dies", "status 9"), ("hangs", "no answer"), ("raises", "fell off")])
+@pytest.mark.parametrize(
+    "how, why",
+    [("dies", "status 9"), ("raises", "fell off"), pytest.param("hangs", "no answer", marks=pytest.mark.slow)],
+)
 def test_an_episode_whose_worker_is_lost_is_counted_and_run_again(tmp_path, how, why, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     marks = tmp_path / "marks"

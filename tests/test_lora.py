@@ -8,7 +8,7 @@ import time
 import peft
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import BRIEF, make_pairs
 from safetensors.torch import load_file
 
 from xmodal_opd import checkpoint, config, inspect, lora, models, train
@@ -55,7 +55,7 @@ def shaken(model):
 
 @pytest.mark.parametrize("overrides", [LORA, PROJECTOR], ids=["adapter", "adapter and projector"])
 def test_one_step_moves_the_adapter_and_what_was_named_beside_it(world, tmp_path, overrides):
-    saved = run(world, tmp_path / "run", *overrides, "train.steps=1")
+    saved = run(world, tmp_path / "run", *overrides, *BRIEF, "train.steps=1")
     before, after = base(world).state_dict(), build(load(world, *overrides)).student
     lora.load(saved, after)
     state = after.state_dict()
@@ -130,6 +130,7 @@ def test_an_export_is_a_plain_folder_and_leaves_the_student_as_it_was(world, tmp
     torch.testing.assert_close(logits(plain, parts), logits(student, parts), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(world, tmp_path):
     ema = ["objective.tokens.teacher.model=ema", "engine.ema_rate=0.5"]
     once = run(world, tmp_path / "once", *PROJECTOR, *ema, "train.steps=4")
@@ -152,7 +153,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(world, tmp_path):
 def test_eval_and_export_read_an_adapter_and_what_was_made_of_it(world, tmp_path, capsys):
     from xmodal_opd.cli import main
 
-    saved = run(world, tmp_path / "run", *LORA, "train.steps=2", "optim.lr=1e-2")
+    saved = run(world, tmp_path / "run", *LORA, "train.steps=2", "optim.lr=1e-2", "eval.samples=3")
     recipe = str(tmp_path / "run" / "recipe.yaml")
     records = inspect.evaluate_only(config.load(recipe), str(saved), str(tmp_path / "eval.jsonl"))
     after = [json.loads(line) for line in (tmp_path / "run" / "eval" / "after.jsonl").read_text().splitlines()]
@@ -193,7 +194,7 @@ def weights(model):
 
 
 def test_a_base_in_bfloat16_trains_through_an_adapter_in_float32(world, tmp_path):
-    saved = run(world, tmp_path / "run", *LORA, "model.dtype=bfloat16", "train.steps=1")
+    saved = run(world, tmp_path / "run", *LORA, *BRIEF, "model.dtype=bfloat16", "train.steps=1")
     adapter = load_file(saved / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)

@@ -147,15 +147,23 @@ checkpoint: {{every: 1, keep: 3}}
 """
 
 
+BRIEF = ("data.test=1", "eval.kl=false")  # a run that is about something else than what it measures
+
+
 def toy(tmp_path, method="vla_opd_full", *overrides):
     path = tmp_path / f"{method}.yaml"
     path.write_text(TOY.format(root=Path(__file__).parents[1], method=method))
     return config.load(str(path), [f"run_dir={tmp_path / 'run'}", *overrides])
 
 
-@pytest.mark.parametrize("method", ["vla_opd", "vla_opd_full", "grpo_success"])
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("vla_opd", **SLOW), "vla_opd_full", pytest.param("grpo_success", **SLOW)]
+)
 def test_each_estimator_trains_the_eyes_in_episodes(tmp_path, method):
-    summary = train(toy(tmp_path, method))
+    summary = train(toy(tmp_path, method, *BRIEF))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert summary["episodes"] == 8 and [line["episodes"] for line in lines] == [4, 4]
     assert all(line["environment_steps"] <= 4 * 8 for line in lines)
@@ -176,6 +184,7 @@ def test_the_records_are_of_episodes_and_some_are_filmed(tmp_path):
     assert films == ["student-reach-0.mp4"] * 2 + ["text-reach-0.mp4"] * 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_episodes_goes_on_to_the_same_bits(tmp_path):
     whole = train(toy(tmp_path, "vla_opd_full", f"run_dir={tmp_path / 'whole'}"))
     train(toy(tmp_path, "vla_opd_full", "train.steps=1"))
@@ -201,13 +210,18 @@ def test_a_camera_that_is_not_there_is_named(tmp_path):
 
 def test_another_policy_at_the_same_camera_teaches(tmp_path):
     teacher = f"{{model: {folder_of('default')}, view: student}}"
-    summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1"))
+    summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1", *BRIEF))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(lines[0]["distill/episodes"]) < 1e-6 and summary["episodes"] == 4, "the student is its own teacher yet"
 
 
 @pytest.mark.parametrize(
-    "depth, steps, led", [("{f2b: {limit: 3, every: 1}}", [4, 8], 0), ("opad", [13, 13], 0), ("b2f", None, 12)]
+    "depth, steps, led",
+    [
+        ("{f2b: {limit: 3, every: 1}}", [4, 8], 0),
+        pytest.param("opad", [13, 13], 0, **SLOW),
+        pytest.param("b2f", None, 12, **SLOW),
+    ],
 )
 def test_a_recipe_may_say_which_decisions_are_the_students(tmp_path, depth, steps, led):
     """The expert pushes the block from start state 3 in 13 steps, which are four decisions; of two episodes a step."""

@@ -197,6 +197,7 @@ def test_a_sample_holds_the_picture_and_both_views(tmp_path):
         assert decode(sample["media"]["question.png"]).size == (sample["meta"]["width"], sample["meta"]["height"])
 
 
+@pytest.mark.slow  # what deals records out to workers is tested by the spoken ones
 def test_two_workers_write_the_same_bytes_as_one(made, tmp_path):
     prepare(tmp_path / "out", workers=2, progress=False, **SETTINGS)
     assert contents(tmp_path / "out") == contents(made)

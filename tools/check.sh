@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 pyright --pythonpath "$(command -v python)"
-[ "${1:-}" = fast ] || pytest -q
+[ "${1:-}" = fast ] || pytest -q -n 2 --dist loadfile

@@ -46,8 +46,13 @@ def main() -> None:
 
 def export(options: argparse.Namespace) -> tuple[int, int]:
     """(episodes, frames) written."""
+    from datasets import disable_progress_bars
+    from rich.progress import track
+
     from modalities.action.lerobot import write
     from xmodal_opd import config, inspect, schema
+
+    disable_progress_bars()  # one of each episode's
 
     recipe = config.load(options.recipe, options.overrides)
     if not isinstance(recipe, schema.ActionRecipe):
@@ -55,7 +60,7 @@ def export(options: argparse.Namespace) -> tuple[int, int]:
     parts: Any = inspect.measured(recipe, options.checkpoint)
     try:
         refuse_policy(parts.adapter, options.policy)
-        played = episodes(parts, options)
+        played = track(episodes(parts, options), "episodes", options.episodes, transient=True)
         kept = (steps for steps in played if steps[-1].success or not options.successes)
         return write(options.out, kept, fps=options.fps, robot=recipe.robot.name, video=options.video)
     finally:
