@@ -46,13 +46,10 @@ def main() -> None:
 
 def export(options: argparse.Namespace) -> tuple[int, int]:
     """(episodes, frames) written."""
-    from datasets import disable_progress_bars
     from rich.progress import track
 
     from modalities.action.lerobot import write
     from xmodal_opd import config, inspect, schema
-
-    disable_progress_bars()  # one of each episode's
 
     recipe = config.load(options.recipe, options.overrides)
     if not isinstance(recipe, schema.ActionRecipe):

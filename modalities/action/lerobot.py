@@ -37,11 +37,13 @@ class Step:
 
 
 def library() -> Any:
-    """The class LeRobotDataset. Raises ImportError with what to install."""
+    """The class LeRobotDataset, without a progress bar for every episode. Raises ImportError with what to install."""
     try:
+        from datasets import disable_progress_bars
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
     except ImportError as error:
         raise ImportError(f"lerobot datasets need lerobot ({error}): pip install 'xmodal-opd[lerobot]'") from error
+    disable_progress_bars()
     return LeRobotDataset
 
 
