@@ -15,7 +15,10 @@ import pytest
 
 from modalities.action.protocols import HORIZONS, PROTOCOLS
 from tools import eval_robot
-from tools.robot_policies import Expert, Nothing, Recorded, Seat, Together, Unusable, in_units, make, prepared
+from tools.policies import make
+from tools.policies.scripted import Expert, Nothing, Recorded
+from tools.policies.seats import Seat, Together, Unusable, prepared
+from tools.policies.served import in_units
 from xmodal_opd import config
 from xmodal_opd.statistics import wilson_interval
 

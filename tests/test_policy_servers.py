@@ -13,7 +13,8 @@ from modalities.action.environment import AssetError, make
 from modalities.action.protocols import PROTOCOLS
 from modalities.action.robotwin import RoboTwin
 from tools import deploy_policy, eval_robot
-from tools.robot_policies import Http, OpenPi, Seat, Unreachable
+from tools.policies.seats import Seat
+from tools.policies.served import Http, OpenPi, Unreachable
 from tools.serve_policy import serving
 
 

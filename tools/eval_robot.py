@@ -38,7 +38,8 @@ if __package__ in (None, ""):  # run as a program, not from its package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from modalities.action.protocols import HORIZONS, PROTOCOLS, Protocol
 from tools.arguments import from_one
-from tools.robot_policies import Policy, Seat, Together, Unusable, looks, make
+from tools.policies import looks, make
+from tools.policies.seats import Policy, Seat, Together, Unusable
 from tools.robot_results import Ledger, Setting, eval_info, remarks, report
 from xmodal_opd.background import later
 from xmodal_opd.rollout.workers import Lost, Worker, Workers

@@ -28,7 +28,8 @@ if __package__ in (None, ""):  # run as a program, not from its package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from modalities.action import clients
 from modalities.action.environment import AssetError, Observation
-from tools.robot_policies import Policy, Seat, Together, make
+from tools.policies import make
+from tools.policies.seats import Policy, Seat, Together
 from xmodal_opd import wire
 
 HOST = "127.0.0.1"
