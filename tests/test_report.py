@@ -86,9 +86,10 @@ def test_without_a_terminal_progress_is_a_few_plain_lines():
     with Progress(100, 40, Console(file=out, width=80), seconds=3600.0) as progress:
         for step in range(41, 101):
             accuracy = {STUDENT: 0.5} if step == 50 else {}
-            progress.update(step, {"loss": 1 / step, "distill/tokens": 0.25, "reward": math.nan, **accuracy})
+            acted = {"nll": 1.5, "episode/success": 0.25}
+            progress.update(step, {"loss": 1 / step, "distill/tokens": 0.25, "reward": math.nan, **accuracy, **acted})
     first, last = out.getvalue().splitlines()
-    assert first.startswith("step 41/100 · loss 0.02439 · KL 0.25 · ") and "reward" not in first
+    assert first.startswith("step 41/100 · loss 0.02439 · KL 0.25 · NLL 1.5 · success 25% · ") and "reward" not in first
     assert "step 100/100" in last and "student 50.0%" in last and last.endswith("0:00:00 left")
 
 

@@ -23,6 +23,8 @@ JSONL = "metrics.jsonl"
 SHOWN = {  # on the console: the metrics it may stand for, best first ("distill/" is the first that starts so), and how
     "loss": (("loss",), "{:.4g}"),
     "KL": (("distill/",), "{:.3g}"),
+    "NLL": (("nll",), "{:.3g}"),
+    "success": (("episode/success",), "{:.0%}"),
     "reward": (("reward",), "{:.2f}"),
     "student": (("eval/student_accuracy", "student_accuracy"), "{:.1%}"),
 }

@@ -30,6 +30,7 @@ COLOURS = (QUIET, TEXT_COLOUR, STUDENT_COLOUR, INK, "#4f9d69", "#a05195", "#d4a7
 CURVES = {  # title: the metrics drawn in one panel ("distill/" is every one that starts so)
     "loss": ("loss",),
     "token KL, student ‖ teacher": ("distill/", "eval/token_kl"),
+    "−log p of what was shown": ("nll",),
     "judge reward": ("reward",),
     "success of sampled episodes": ("episode/success",),
 }
