@@ -9,7 +9,7 @@ from families import FAMILIES, omni
 from modalities.audio.media import encode
 from modalities.chat import ChatAdapter
 from modalities.vision import media as sight
-from xmodal_opd.models import inputs_on, media_tokens
+from xmodal_opd.hidden import inputs_on, media_tokens
 from xmodal_opd.types import SampleError
 
 

@@ -12,8 +12,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import ActionTokens
-from xmodal_opd import collect, config, models, schema, step
+from xmodal_opd import collect, config, schema, step
 from xmodal_opd.build import Parts, build
+from xmodal_opd.hidden import head
 from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.objective import Term, vocab
 from xmodal_opd.objective.divergences import DIVERGENCES, forward_kl, hard_ce, reverse_kl
@@ -295,7 +296,7 @@ def test_a_step_of_vla_opd_is_its_formula(world, name):
     parts = replace(parts, responses=responses)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        models.head(parts.student).mul_(5)  # or random weights find all tokens alike
+        head(parts.student).mul_(5)  # or random weights find all tokens alike
     rollouts = []
     for i, length in enumerate((4, 2, 4, 3)):
         views = {"student": parts.adapter.text(f"look {i}"), "teacher": parts.adapter.text(f"two plus {i}")}

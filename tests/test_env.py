@@ -19,7 +19,8 @@ from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import ActionTokens
 from modalities.action.toy import Toy
 from modalities.vision import video
-from xmodal_opd.models import head, hidden_repeated, load_model, load_processor
+from xmodal_opd.hidden import head, hidden_repeated
+from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.rollout.depth import DEPTHS, Depth, expert_actions
 from xmodal_opd.rollout.env import EnvSampler, Film, decode, drawn, sample
 from xmodal_opd.rollout.workers import Failed, Lost, Workers, surroundings

@@ -20,6 +20,7 @@ from modalities.vision import media as sight
 from xmodal_opd import config, models, step
 from xmodal_opd.build import ADAPTERS, build, open_shards
 from xmodal_opd.encoders import encoded_once
+from xmodal_opd.hidden import inputs_on, media_tokens, remembering_little
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence, token_logp
@@ -131,7 +132,7 @@ def test_views_with_and_without_media_share_a_batch(family):
     pairs = make_pairs(adapter, 3)
     mixed = [pairs[0].views["teacher"], *(p.views["student"] for p in pairs), pairs[1].views["teacher"]]
     with torch.no_grad():
-        together = model(**models.inputs_on(model, adapter.batch(mixed))).logits
+        together = model(**inputs_on(model, adapter.batch(mixed))).logits
         for view, row in zip(mixed, together, strict=True):
             alone = model(**adapter.batch([view])).logits[0]
             torch.testing.assert_close(row[-1], alone[-1], atol=2e-5, rtol=1e-4)
@@ -231,7 +232,7 @@ def test_the_layout_is_that_of_the_processor_itself(family):
 
 
 def media_tokens_in(model, tokens) -> int:
-    return int(torch.isin(tokens, torch.tensor(models.media_tokens(model))).sum())
+    return int(torch.isin(tokens, torch.tensor(media_tokens(model))).sum())
 
 
 def test_an_answer_may_hold_the_marks_around_media(family):
@@ -239,7 +240,7 @@ def test_an_answer_may_hold_the_marks_around_media(family):
     _, model, processor, _ = family
     adapter = ChatAdapter(processor, 1024)
     pairs = [Pair(str(i), {"student": everything(adapter, i, i)}) for i in range(2)]
-    marks = set(adapter.tokenizer.all_special_ids) - {*models.media_tokens(model), model.generation_config.eos_token_id}
+    marks = set(adapter.tokenizer.all_special_ids) - {*media_tokens(model), model.generation_config.eos_token_id}
     answers = [[*sorted(marks)[:12], 5, *sorted(marks)[:3]], [7, *sorted(marks)[::-1][:9]]]
     rollouts = [
         Rollout(p, a, [0.0] * len(a), "", False, i) for i, (p, a) in enumerate(zip(pairs, answers, strict=True))
@@ -256,8 +257,7 @@ def test_a_family_runs_in_bfloat16(family, saved):
     rollouts = sampler.generate(make_pairs(adapter, 2), {"a": Sampling(2)}, seed=0)["a"]
     assert check_sampler(model, Responses(adapter), rollouts) < 1
     assert (
-        models.inputs_on(model, adapter.batch([make_pairs(adapter, 1)[0].views["student"]]))["input_ids"].dtype
-        == torch.long
+        inputs_on(model, adapter.batch([make_pairs(adapter, 1)[0].views["student"]]))["input_ids"].dtype == torch.long
     )
 
 
@@ -354,7 +354,7 @@ def test_activation_checkpointing_changes_no_gradient_or_is_refused(tokenizer, f
 def slopes_of(model, adapter, rollouts) -> dict[str, torch.Tensor]:
     model.zero_grad()
     mask = token_batch(rollouts).mask
-    with models.remembering_little(model, True):
+    with remembering_little(model, True):
         hidden = Responses(adapter, share=False).hidden(model, rollouts, "student", grad=True)
         token_logp(model, hidden, rollouts, mask).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

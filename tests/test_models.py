@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from modalities.chat import ChatAdapter
 from xmodal_opd import models
+from xmodal_opd.hidden import head, reads_media
 from xmodal_opd.objective.divergences import reverse_kl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, divergence, divergence_of_both, token_logp
@@ -121,10 +122,10 @@ def test_without_stop_gradient_both_sides_move_as_in_the_dense_form(tokenizer):
     model = FAMILIES["qwen2"].make(tokenizer)[0].double()
     mask = torch.tensor([[True, True, True], [True, False, False]])
     sides = [torch.randn(2, 3, 48, dtype=torch.float64, requires_grad=True) for _ in "st"]
-    p, q = ((side @ models.head(model).T).log_softmax(-1) for side in sides)
+    p, q = ((side @ head(model).T).log_softmax(-1) for side in sides)
     dense = ((p.exp() * (p - q)).sum(-1) * mask).sum()
-    expected = torch.autograd.grad(dense, [*sides, models.head(model)])
-    for form, moved in ((divergence, sides[:1]), (divergence_of_both, [*sides, models.head(model)])):
+    expected = torch.autograd.grad(dense, [*sides, head(model)])
+    for form, moved in ((divergence, sides[:1]), (divergence_of_both, [*sides, head(model)])):
         value = form(reverse_kl, (model, sides[0]), (model, sides[1]), mask, None).sum()
         slopes = torch.autograd.grad(value, moved)
         torch.testing.assert_close(value, dense)
@@ -165,4 +166,4 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked(tmp_path):
 )
 def test_a_model_that_reads_media_is_told_by_its_forward(name, reads):
     kind = getattr(transformers, name)
-    assert models.reads_media(kind.__new__(kind)) == reads
+    assert reads_media(kind.__new__(kind)) == reads

@@ -5,7 +5,7 @@ import torch
 from conftest import make_pairs
 from transformers import GenerationConfig
 
-from xmodal_opd.models import media_tokens
+from xmodal_opd.hidden import media_tokens
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.tokens import cut, token_batch

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from xmodal_opd import checkpoint, collect, config, models, step
 from xmodal_opd.build import build
+from xmodal_opd.hidden import head
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.scoring.judge import QUESTION, build_judge, judge
 from xmodal_opd.scoring.served import ask_teachers
@@ -64,7 +65,7 @@ def test_log_probs_and_likeliest_tokens_are_those_of_the_same_model_here(expert,
     with torch.no_grad():
         hidden = Responses(parts.adapter).hidden(teacher, rollouts, view)
         logp, _ = statistics(teacher, hidden, rollouts, mask)
-        whole = (hidden @ models.head(teacher).T).log_softmax(-1)
+        whole = (hidden @ head(teacher).T).log_softmax(-1)
     sampled, likeliest, shared = [], [], []
     for row, rollout in enumerate(rollouts):
         said, n = told[row], len(rollout.tokens)

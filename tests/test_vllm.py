@@ -29,6 +29,7 @@ from modalities.tasks import questions
 from tools import build_tiny, serve_vllm
 from tools.install_vllm import default_folder, install
 from xmodal_opd import checkpoint, config, models, train
+from xmodal_opd.hidden import media_tokens
 from xmodal_opd.rollout import nccl
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.rollout.vllm import VLLMSampler
@@ -103,7 +104,7 @@ def sampler_for(model, processor, adapter, servers: list[Running], folder: Path,
 
     ends = [processor.tokenizer.eos_token_id if hasattr(processor, "tokenizer") else processor.eos_token_id]
     pool = Servers([server.url for server in servers], timeout=60.0)
-    return VLLMSampler(pool, adapter, ends, models.media_tokens(model), max_tokens, export, folder)
+    return VLLMSampler(pool, adapter, ends, media_tokens(model), max_tokens, export, folder)
 
 
 def differences(model, adapter, rollouts: list[Rollout]) -> torch.Tensor:

@@ -182,7 +182,7 @@ def cross_entropy(model, adapter, examples):
     import torch
     from torch.nn.functional import cross_entropy
 
-    from xmodal_opd.models import hidden_repeated
+    from xmodal_opd.hidden import hidden_repeated
     from xmodal_opd.tokens import pad
 
     views, answers = zip(*examples, strict=True)

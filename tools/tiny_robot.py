@@ -162,7 +162,7 @@ def action_logp(model: Any, adapter: Any, steps: Sequence[Step], seen: bool) -> 
     """Log-probs [n, CHUNK * SIZE, 256] of the next actions."""
     import torch
 
-    from xmodal_opd.models import head, hidden_repeated
+    from xmodal_opd.hidden import head, hidden_repeated
 
     blank = torch.full((len(steps), CHUNK * SIZE), adapter.tokenizer.pad_token_id)
     hidden = hidden_repeated(model, adapter.batch(views(adapter, steps, seen)), blank)

@@ -14,6 +14,7 @@ from xmodal_opd import config, models, schema
 from xmodal_opd.build import build_term, make_trainable, refuse_ranks
 from xmodal_opd.build.robots import share
 from xmodal_opd.engine.deepspeed_config import settings as deepspeed_settings
+from xmodal_opd.hidden import head, name_of
 from xmodal_opd.objective import pick
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.objective.vocab import LOGITS_AT_ONCE
@@ -140,7 +141,7 @@ def table(title: str, parts: Mapping[str, float]) -> Iterator[str]:
 
 def training(plan: Plan) -> dict[str, float]:
     """Bytes on a device while a micro-batch is trained. The activations of a media encoder that trains come on top."""
-    logits = min(LOGITS_AT_ONCE["cuda"], plan.recipe.engine.micro_tokens * models.head(plan.student).shape[0])
+    logits = min(LOGITS_AT_ONCE["cuda"], plan.recipe.engine.micro_tokens * head(plan.student).shape[0])
     return held(plan) | {
         "activations of the language model": activations(plan) * plan.recipe.engine.micro_tokens,
         "logits of a chunk, both sides": 4.0 * 4 * logits,
@@ -188,7 +189,7 @@ def activations(plan: Plan) -> float:
 
 def remembered(model: PreTrainedModel, length: int, device: str = "meta") -> int:
     """Bytes that autograd keeps of one run of the language model over `length` tokens, weights not counted."""
-    inner = model.get_submodule(models.name_of(model, model.get_input_embeddings()).rpartition(".")[0])
+    inner = model.get_submodule(name_of(model, model.get_input_embeddings()).rpartition(".")[0])
     kept: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in model.parameters()}
     weights = len(kept)
 

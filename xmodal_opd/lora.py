@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from xmodal_opd.models import matching, projection
+from xmodal_opd.hidden import projection
+from xmodal_opd.models import matching
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 OTHERS = "trained.safetensors"  # weights that train beside the adapter

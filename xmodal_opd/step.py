@@ -14,6 +14,7 @@ from xmodal_opd import dist, models
 from xmodal_opd.build import STUDENT, Parts
 from xmodal_opd.collect import Step, pieces, sample
 from xmodal_opd.encoders import encoded_once
+from xmodal_opd.hidden import head
 from xmodal_opd.metrics import over_ranks
 from xmodal_opd.objective import Term, name_of_piece
 from xmodal_opd.objective import rows as take
@@ -162,7 +163,7 @@ def idle(parts: Parts, hidden: Mapping[Reading, tuple[dict[int, int], Tensor]], 
     """Zero, with a gradient of zero for all that other ranks train in this piece and this one has no rows for: ranks
     reduce the same gradients."""
     unused = [states.sum() for places, states in hidden.values() if not places]
-    return sum(unused, 0.0) if piece else sum(unused, models.head(parts.student)[:0].sum())
+    return sum(unused, 0.0) if piece else sum(unused, head(parts.student)[:0].sum())
 
 
 def taught(parts: Parts, name: str, term: Term, step: Step, rows: Sequence[int]) -> dict[Reading, list[int]]:

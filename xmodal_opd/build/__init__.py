@@ -28,6 +28,7 @@ from xmodal_opd.build import robots
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.deepspeed_config import settings
 from xmodal_opd.engine.plain import PlainEngine
+from xmodal_opd.hidden import media_tokens, softcap
 from xmodal_opd.objective import Term, pick
 from xmodal_opd.objective.schedules import SCHEDULES
 from xmodal_opd.rollout.ahead import Ahead
@@ -205,7 +206,7 @@ def build_sampler(
         Servers(part.servers, part.timeout, part.retries, part.concurrency, part.wait),
         copy.deepcopy(adapter) if part.ahead else adapter,  # a tokenizer that two threads share mixes up their padding
         eos=ends,
-        banned=models.media_tokens(student),
+        banned=media_tokens(student),
         max_tokens=part.max_tokens,
         export=export,
         run=dist.decided(uuid.uuid4().hex[:12]),
@@ -341,7 +342,7 @@ def refuse_contrast(recipe: schema.Recipe, local: Mapping[str, PreTrainedModel])
     for name in (model for source in tilted for model, _ in schema.teachers_of(source).values()):
         if name in recipe.teachers:
             raise ValueError(f"teacher {name!r} is behind servers, which tell too little for a contrast; load it here")
-        if models.softcap(local[name]) is not None:
+        if softcap(local[name]) is not None:
             raise ValueError(f"teacher {name!r} caps its logits, and only plain ones can be put in contrast")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from xmodal_opd.models import (
+from xmodal_opd.hidden import (
     continue_from,
     head,
     hidden_repeated,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from xmodal_opd.models import continue_from, inputs_on, media_tokens, prefill, projection, softcap
+from xmodal_opd.hidden import continue_from, inputs_on, media_tokens, prefill, projection, softcap
 from xmodal_opd.objective.vocab import capped
 from xmodal_opd.types import Adapter, Pair, Rollout, Sampling
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xmodal_opd import dist
-from xmodal_opd.models import head, hidden_repeated, hidden_shared, inputs_on, softcap
+from xmodal_opd.hidden import head, hidden_repeated, hidden_shared, inputs_on, softcap
 from xmodal_opd.objective import vocab
 from xmodal_opd.objective.vocab import Divergence, Window
 from xmodal_opd.tokens import response_tokens
