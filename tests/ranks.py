@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from xmodal_opd import checkpoint, collect, config, dist, schema, step
-from xmodal_opd.build import Parts, build, launch
+from xmodal_opd.build import Parts, build
+from xmodal_opd.build.engines import launch
 from xmodal_opd.data import Shards
 from xmodal_opd.engine.plain import PlainEngine
 from xmodal_opd.objective import Term

@@ -8,7 +8,8 @@ import torch
 
 from xmodal_opd import collect, config, step
 from xmodal_opd.background import later, now, read_ahead
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 
 SCORED = "scoring.teacher={view: teacher}"
 

@@ -11,7 +11,7 @@ import pytest
 
 from tools import balance_difficulty as tool
 from xmodal_opd import config
-from xmodal_opd.build import training_shards
+from xmodal_opd.build.shards import training_shards
 from xmodal_opd.data import Shards
 
 PROGRAM = Path(__file__).parents[1] / "tools" / "balance_difficulty.py"

@@ -10,7 +10,9 @@ from families import FAMILIES
 
 from modalities.chat import ChatAdapter, derived
 from xmodal_opd import config
-from xmodal_opd.build import build, open_shards, refuse_contrast
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
+from xmodal_opd.build.teachers import refuse_contrast
 from xmodal_opd.collect import sample
 from xmodal_opd.rollout.hf import HFSampler
 from xmodal_opd.scoring.forward import Responses, statistics

@@ -3,7 +3,8 @@
 import pytest
 
 from xmodal_opd import config
-from xmodal_opd.build import build, prepare_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import prepare_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.evaluate import accuracies, evaluate
 from xmodal_opd.models import ASSETS

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from modalities.vision import prepare as scenes
 from xmodal_opd import collect, config, duals, train
-from xmodal_opd.build import build, open_shards, training_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards, training_shards
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.data import Shards
 from xmodal_opd.objective.divergences import SAMPLED

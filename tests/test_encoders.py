@@ -9,7 +9,8 @@ from families import FAMILIES
 
 from modalities.chat import ChatAdapter
 from xmodal_opd import config, encoders, models, step
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses

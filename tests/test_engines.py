@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from xmodal_opd import config
-from xmodal_opd.build import build, launch
+from xmodal_opd.build import build
+from xmodal_opd.build.engines import launch
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.engine.deepspeed_config import settings
 

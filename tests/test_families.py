@@ -18,7 +18,8 @@ from modalities.shards import write_shards
 from modalities.tasks import questions
 from modalities.vision import media as sight
 from xmodal_opd import config, models, step
-from xmodal_opd.build import ADAPTERS, build, open_shards
+from xmodal_opd.build import ADAPTERS, build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.hidden import inputs_on, media_tokens, remembering_little
 from xmodal_opd.objective.divergences import reverse_kl

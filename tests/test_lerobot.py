@@ -18,7 +18,8 @@ from modalities.action.tokens import load_normalizer
 from modalities.action.toy import Toy
 from modalities.vision.media import decode
 from xmodal_opd import config
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.data import Shards
 from xmodal_opd.scoring.forward import token_logp
 from xmodal_opd.step import train_step

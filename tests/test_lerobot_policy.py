@@ -21,7 +21,8 @@ from lerobot.policies.factory import get_policy_class, make_policy_config, make_
 from modalities.action.lerobot import played
 from modalities.action.toy import Toy
 from xmodal_opd import config, inspect, measure
-from xmodal_opd.build import build, open_shards, open_tests
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards, open_tests
 from xmodal_opd.statistics import wilson_interval
 from xmodal_opd.step import train_step
 from xmodal_opd.types import Pair, Sampling

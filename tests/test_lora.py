@@ -12,7 +12,8 @@ from conftest import BRIEF, make_pairs
 from safetensors.torch import load_file
 
 from xmodal_opd import checkpoint, config, inspect, lora, models, train
-from xmodal_opd.build import build, load_student
+from xmodal_opd.build import build
+from xmodal_opd.build.student import load_student
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.rollout.hf import HFSampler, Sampling
 from xmodal_opd.scoring.forward import Responses, token_logp

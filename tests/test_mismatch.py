@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from xmodal_opd import collect, config, step
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.models import frozen_copy
 from xmodal_opd.objective import pick
 from xmodal_opd.objective.weights import WEIGHTS

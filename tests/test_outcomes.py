@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from xmodal_opd import collect, config
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.objective import Term
 from xmodal_opd.scoring.outcomes import entropies, outcomes, shaping
 from xmodal_opd.step import train_step

@@ -10,7 +10,8 @@ import yaml
 from teacher import Teacher, serving
 
 from xmodal_opd import config, schema
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.step import train_step
 

@@ -10,7 +10,8 @@ from teacher import Refused, Teacher, serving
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from xmodal_opd import collect, config, models, step
-from xmodal_opd.build import build, open_shards, training_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards, training_shards
 from xmodal_opd.objective import rows as take
 from xmodal_opd.teachers import try_teachers
 

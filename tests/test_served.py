@@ -9,7 +9,8 @@ import torch
 from teacher import Refused, Teacher, serving
 
 from xmodal_opd import collect, config, models, step, train
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.models import load_model, load_processor
 
 NAME = "objective.tokens.teacher.model"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from xmodal_opd import collect, config, step, train
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.checkpoint import latest
 from xmodal_opd.objective import Term
 from xmodal_opd.types import Pair, Rollout

@@ -12,7 +12,8 @@ from modalities.chat import DERIVED, ChatAdapter
 from modalities.families import limit_pixels
 from modalities.vision import media as sight
 from xmodal_opd import config
-from xmodal_opd.build import build, open_shards
+from xmodal_opd.build import build
+from xmodal_opd.build.shards import open_shards
 from xmodal_opd.models import load_processor
 
 SCALING = ["omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl"]  # families whose processors have bounds in pixels

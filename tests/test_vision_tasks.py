@@ -18,7 +18,8 @@ from modalities.vision.media import decode
 from modalities.vision.prepare import prepare
 from modalities.vision.tasks import POLYGONS, SCENES, Scene, scenes
 from tools import prepare_shards
-from xmodal_opd import build, config, schema
+from xmodal_opd import config, schema
+from xmodal_opd.build.shards import prepare_shards as make_split
 from xmodal_opd.data import Shards
 
 NUMBER = {word: number for number, word in enumerate(ONES)}
@@ -426,7 +427,7 @@ def recipe(modality: str, **prepares) -> schema.Recipe:
 def test_a_recipe_of_vision_prepares_scenes(tmp_path):
     data = recipe("vision", train=3, test=2, families=["geometry"], blur=[0.5, 1.0]).data
     assert isinstance(data.prepare, schema.Scenes)
-    build.prepare_shards(data.prepare, str(tmp_path / "test"), "test", data.prepare.test)
+    make_split(data.prepare, str(tmp_path / "test"), "test", data.prepare.test)
     settings = json.loads((tmp_path / "test" / "index.json").read_text())["settings"]
     assert settings["kind"] == "scenes" and settings["blur"] == [0.5, 1.0]
     assert [sample["meta"]["task"] for sample in shards(tmp_path / "test")] == ["geometry"] * 2

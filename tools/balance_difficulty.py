@@ -64,7 +64,7 @@ def balance(options: argparse.Namespace) -> Iterator[str]:
     """Count, weigh, write; the lines to print. Raises ValueError for shards that are weighed already, and for a robot's
     recipe, which has none."""
     from xmodal_opd import config
-    from xmodal_opd.build import prepare_shards
+    from xmodal_opd.build.shards import prepare_shards
     from xmodal_opd.cli import quiet
     from xmodal_opd.data import Shards
 

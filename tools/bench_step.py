@@ -102,7 +102,8 @@ def split(recipe_path: str, overrides: list[str], repeats: int) -> dict[str, Any
     import torch
 
     from xmodal_opd import config
-    from xmodal_opd.build import build, open_shards, training_pairs
+    from xmodal_opd.build import build
+    from xmodal_opd.build.shards import open_shards, training_pairs
     from xmodal_opd.cli import quiet
     from xmodal_opd.step import train_step
 
@@ -179,7 +180,8 @@ def compare(recipe_path: str, overrides: list[str], group: int, repeats: int) ->
     import torch
 
     from xmodal_opd import config
-    from xmodal_opd.build import build, open_shards
+    from xmodal_opd.build import build
+    from xmodal_opd.build.shards import open_shards
     from xmodal_opd.cli import quiet
 
     quiet()

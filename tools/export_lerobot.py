@@ -74,7 +74,7 @@ def refuse_policy(adapter: Any, policy: str) -> None:
 def episodes(parts: Any, options: argparse.Namespace) -> Iterator[list[Any]]:
     """The steps of each."""
     from modalities.action.lerobot import played, replayed
-    from xmodal_opd.build import open_shards
+    from xmodal_opd.build.shards import open_shards
 
     starts = open_shards(parts.recipe)[options.split == "test"]
     pairs = [pair for _, pair in islice(starts.pairs(parts.adapter), options.episodes)]

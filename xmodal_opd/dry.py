@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xmodal_opd import config, models, schema
-from xmodal_opd.build import build_term, make_trainable, refuse_ranks
+from xmodal_opd.build import build_term
+from xmodal_opd.build.engines import refuse_ranks
 from xmodal_opd.build.robots import share
+from xmodal_opd.build.student import make_trainable
 from xmodal_opd.engine.deepspeed_config import settings as deepspeed_settings
 from xmodal_opd.hidden import head, name_of
 from xmodal_opd.objective import pick

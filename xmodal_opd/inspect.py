@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from xmodal_opd import benchmark, checkpoint, evaluate, schema
-from xmodal_opd.build import (
-    Parts,
-    build,
-    load_processor,
-    load_student,
+from xmodal_opd.build import Parts, build
+from xmodal_opd.build.shards import (
     open_benchmark,
     open_shards,
     open_tests,
@@ -19,6 +16,7 @@ from xmodal_opd.build import (
     refuse_view,
     training_shards,
 )
+from xmodal_opd.build.student import load_processor, load_student
 from xmodal_opd.data import Shards
 from xmodal_opd.lora import is_adapter
 from xmodal_opd.measure import PROBE, aligned

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-OWN = ("current", "initial", "ema")  # teachers that are the student's own weights
+STUDENT = "current"
+OWN = (STUDENT, "initial", "ema")  # teachers that are the student's own weights
 # pieces that read the judge's reward
 REWARDED = {"reward", "stcr", "dads", "margin_shift", "margin_mask", "balance", "teacher_confidence"}
 Spec = str | dict[str, dict[str, Any] | None]  # "reverse_kl" or {"jsd": {"beta": 0.5}}

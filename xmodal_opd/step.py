@@ -10,8 +10,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from xmodal_opd import dist, models
-from xmodal_opd.build import STUDENT, Parts
+from xmodal_opd import dist, models, schema
+from xmodal_opd.build import Parts
 from xmodal_opd.collect import Step, pieces, sample
 from xmodal_opd.encoders import encoded_once
 from xmodal_opd.hidden import head
@@ -184,7 +184,7 @@ def hidden_states(
     trained: set[Reading] = set()
     for name, mine in use.items():
         spec = parts.recipe.objective[name]
-        seen = [((STUDENT, spec.view, None), mine, True)]
+        seen = [((schema.STUDENT, spec.view, None), mine, True)]
         seen += [
             (t, some, not spec.teacher.stop_gradient)
             for t, some in taught(parts, name, terms[name], step, mine).items()
@@ -217,7 +217,7 @@ def values(
     mask: Tensor,
 ) -> Tensor:
     """Per token [b, T], with gradient: the divergence of a distillation term, or log p for a policy term."""
-    student = (STUDENT, parts.recipe.objective[name].view, None)
+    student = (schema.STUDENT, parts.recipe.objective[name].view, None)
     if term.divergence is None:
         some = [step.rollouts[r] for r in rows]
         return token_logp(parts.student, states(hidden, student, rows), some, mask, parts.responses.among)

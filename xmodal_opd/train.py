@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from xmodal_opd import checkpoint, config, dist, evaluate, report, schema
-from xmodal_opd.build import Parts, build, launch, open_shards, training_pairs
+from xmodal_opd.build import Parts, build
+from xmodal_opd.build.engines import launch
+from xmodal_opd.build.shards import open_shards, training_pairs
 from xmodal_opd.data import dealt
 from xmodal_opd.measure import PROBE, aligned, evaluated
 from xmodal_opd.metrics import Record, recording

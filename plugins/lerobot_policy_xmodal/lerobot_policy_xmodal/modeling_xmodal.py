@@ -16,7 +16,7 @@ from lerobot_policy_xmodal.configuration_xmodal import XmodalConfig
 from xmodal_opd import config as recipes
 from xmodal_opd.hidden import head, hidden_repeated, inputs_on
 from xmodal_opd.inspect import measured
-from xmodal_opd.rollout.env import decode
+from xmodal_opd.rollout.decode import decode
 from xmodal_opd.schema import ActionRecipe
 
 IMAGE, PADDED = "observation.image", "action_is_pad"
