@@ -21,6 +21,7 @@ from xmodal_opd import config
 from xmodal_opd.build import build
 from xmodal_opd.build.shards import open_shards
 from xmodal_opd.data import Shards
+from xmodal_opd.hidden import head
 from xmodal_opd.scoring.forward import token_logp
 from xmodal_opd.step import train_step
 from xmodal_opd.tokens import token_batch
@@ -220,6 +221,21 @@ def test_what_was_shown_is_learnt_and_its_loss_is_its_log_likelihood(shards, par
     assert told[0]["nll"] == pytest.approx(-(logp.sum() / mask.sum()).item(), rel=1e-4)
     assert told[-1]["nll"] < told[0]["nll"] - 0.3
     assert not {"episodes", "entropy"} & told[0].keys() and told[0]["num_tokens"] == mask.sum()
+
+
+def test_a_teacher_grades_what_was_shown(shards, tmp_path):
+    term = "{sampling: shown, teacher: {view: teacher}, divergence: forward_kl, reduction: token}"
+    parts = build(recipe(shards, tmp_path, "objective.shown=null", f"objective.taught={term}"))
+    pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 3)]
+    (rollouts,) = parts.sampler_at(0).generate(pairs, parts.samplings, 0).values()
+    with torch.no_grad():
+        student, teacher = (parts.responses.hidden(parts.student, rollouts, view) for view in ("student", "teacher"))
+        p, q = ((hidden @ head(parts.student)[parts.sampler.among].T).log_softmax(-1) for hidden in (student, teacher))
+    mask = token_batch(rollouts).mask
+    expected = (q.exp() * (q - p)).sum(-1)[mask].mean()
+    values = train_step(parts, pairs, 0)
+    parts.sampler.workers.close()
+    assert values["distill/taught"] == pytest.approx(expected.item(), rel=1e-4) and values["grad_norm"] > 0
 
 
 def test_a_run_on_what_was_shown_plays_the_test_alone(shards, tmp_path):

@@ -246,6 +246,7 @@ def test_resampling_filters_what_the_new_rate_cannot_hold():
         (encode(tone(), RATE)[:500], "cannot be decoded|is empty"),
         ("nowhere.wav", "audio file nowhere.wav: no such file"),
     ],
+    ids=["nothing", "words", "empty", "silent", "not numbers", "cut off", "nowhere"],  # the bytes have the time in them
 )
 def test_audio_that_cannot_be_used_is_refused_with_the_reason(data, message):
     with pytest.raises(SampleError, match=message):
