@@ -51,7 +51,8 @@ def test_episodes_of_an_expert_and_of_a_policy_become_datasets(export, capsys):
     actions = np.stack([acted[n]["action"].numpy() for n in range(acted.num_frames)])
     after = toy.act(actions)
     assert after["steps"] == acted.num_frames and bool(acted[acted.num_frames - 1]["next.done"])
-    assert not export("--split", "test", "--episodes", "1", "student")[0]["next.success"]
+    shown = ("data.demonstrations=data/none", "rollout.samplings.episodes.n=1")  # learns from shards, and still plays
+    assert not export("--split", "test", "--episodes", "1", *shown, "student")[0]["next.success"]
 
 
 def test_a_policy_that_is_none_is_told_before_anything_is_played(export, tmp_path):

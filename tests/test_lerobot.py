@@ -19,9 +19,10 @@ from modalities.action.toy import Toy
 from modalities.vision.media import decode
 from xmodal_opd import config
 from xmodal_opd.build import build
-from xmodal_opd.build.shards import open_shards
+from xmodal_opd.build.shards import open_shards, open_tests
 from xmodal_opd.data import Shards
 from xmodal_opd.hidden import head
+from xmodal_opd.measure import measured
 from xmodal_opd.scoring.forward import token_logp
 from xmodal_opd.step import train_step
 from xmodal_opd.tokens import token_batch
@@ -120,7 +121,9 @@ def test_what_is_no_dataset_is_refused(folder, episodes, tmp_path):
         write_decisions(str(tmp_path / "old"), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("column", "text"), [("action", None), ("observation.state", "observation.state")])
+@pytest.mark.parametrize(
+    ("column", "text"), [("action", None), ("observation.state", "observation.state"), ("observation.state", None)]
+)
 def test_a_number_that_is_none_is_refused_with_its_place(episodes, tmp_path, column, text):
     spoilt = list(episodes[1])
     action, state = spoilt[2].action.copy(), spoilt[2].seen["state"].copy()
@@ -209,7 +212,7 @@ def test_a_decision_in_shards_is_seen_as_it_is_in_the_simulator(episodes, shards
     assert rollout.tokens == parts.adapter.ids(np.stack([step.action for step in episodes[0][:4]]))
 
 
-def test_what_was_shown_is_learnt_and_its_loss_is_its_log_likelihood(shards, parts):
+def test_what_was_shown_is_learnt_and_its_likelihood_is_told(shards, parts):
     pairs = [pair for _, pair in islice(open_shards(parts.recipe)[0].pairs(parts.adapter), 6)]
     told = [train_step(parts, pairs, number) for number in range(8)]
     rollouts = parts.sampler_at(0).generate(pairs, parts.samplings, 0)["shown"]
@@ -245,18 +248,59 @@ def test_a_run_on_what_was_shown_plays_the_test_alone(shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "why"),
-    [("judge={name: success}", "judge"), ("robot.depth=opad", "robot.depth"), ("rollout.samplings.shown.n=2", "n")],
+    [
+        ("judge={name: success}", "judge"),
+        ("robot.depth=opad", "robot.depth"),
+        ("rollout.samplings.shown.n=2", "rollout.samplings.shown.n"),
+        ("objective.shown.weights=[tis]", "objective.shown.weights tis"),
+    ],
 )
 def test_what_needs_an_episode_is_refused_where_none_is_played(shards, tmp_path, more, why):
-    with pytest.raises(ValueError, match=rf"one chunk of actions for each .* so \S*{why} would do nothing"):
+    with pytest.raises(ValueError, match=rf"one chunk of actions for each .* so {why} would mean nothing"):
         recipe(shards, tmp_path, more)
+
+
+def test_a_chunk_that_is_not_the_robots_is_refused_before_anything_is_read(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"has decisions of 4 actions, and robot.chunk is 2; make them .*--chunk 2"):
+        open_shards(recipe(shards, tmp_path, "robot.chunk=2"))
+
+
+def test_cameras_have_names_with_dots_or_those_that_one_gives_them(episodes, tmp_path, parts):
+    images = [{"head.left": s.seen["images"]["top"], "wrist.left": s.seen["images"]["top"][::-1]} for s in episodes[0]]
+    steps = [replace(step, seen={**step.seen, "images": some}) for step, some in zip(episodes[0], images, strict=True)]
+    write(tmp_path / "two", [steps], fps=10, robot="toy")
+    write_decisions(str(tmp_path / "two"), tmp_path / "both", chunk=4, progress=False)
+    (sample,) = islice(Shards(str(tmp_path / "both"), shuffle=False).samples(epochs=1), 1)
+    assert sample["media"].keys() == {"head.left.png", "wrist.left.png"}
+    named = {"observation.images.wrist.left": "top"}
+    write_decisions(str(tmp_path / "two"), tmp_path / "one", chunk=4, cameras=named, progress=False)
+    (_, pair), *_ = Shards(str(tmp_path / "one"), shuffle=False).pairs(parts.adapter, epochs=1)
+    seen = {**episodes[0][0].seen, "images": {"top": images[0]["wrist.left"]}}
+    live = parts.adapter.batch([parts.adapter.observed("", seen, {}).views["student"]])
+    assert torch.equal(parts.adapter.batch([pair.views["student"]])["pixel_values"], live["pixel_values"])
+    with pytest.raises(
+        ValueError, match=r"no column 'nose' for the camera 'top'; it has: observation.images.head.left"
+    ):
+        write_decisions(str(tmp_path / "two"), tmp_path / "none", cameras={"nose": "top"}, progress=False)
+
+
+def test_who_reads_no_words_is_held_against_itself(shards, tmp_path):
+    parts = build(recipe(shards, tmp_path, "eval.teacher={view: student}"))
+    assert not parts.adapter.privileged and parts.instructor == (parts.student, "student")
+    (record,) = measured(parts, [pair for _, pair in islice(open_tests(parts.recipe).pairs(None), 1)])
+    parts.sampler.workers.close()
+    assert record["text"] == record["student"] and record["text_correct"] == record["student_correct"]
 
 
 def test_shards_that_show_no_robot_and_cameras_that_are_not_there_are_told(folder, shards, tmp_path, parts):
     (sample,) = islice(Shards(str(shards), shuffle=False).samples(epochs=1), 1)
-    with pytest.raises(SampleError, match=r"shows no robot: its meta has no 'actions'; python tools/prepare_shards"):
+    with pytest.raises(SampleError, match=r"shows no robot: its meta has no 'actions'; tools/prepare_shards.py"):
         parts.adapter.pair(sample | {"meta": {"observation": {}}})
-    with pytest.raises(SampleError, match=r"no camera 'top'; there are: side"):
+    with pytest.raises(SampleError, match=r"was not seen by robot.cameras 'top'; its shards have: side; .*--camera"):
         parts.adapter.pair(sample | {"media": {"side.png": sample["media"]["top.png"]}})
+    parts.adapter.proprio, meta = True, sample["meta"]
+    with pytest.raises(SampleError, match=r"no numbers of its state; set robot.proprio=false"):
+        parts.adapter.pair(sample | {"meta": meta | {"observation": meta["observation"] | {"state": []}}})
+    parts.adapter.proprio = False
     with pytest.raises(SampleError, match=r"one decision of this robot is \[1 to 4, 3\]"):
         parts.adapter.pair(sample | {"meta": {**sample["meta"], "actions": [[0.0, 0.0]]}})

@@ -102,6 +102,9 @@ def test_what_lerobot_trained_teaches_in_a_recipe(policy, recipe, tmp_path):
     export(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     with pytest.raises(ValueError, match="is there already"):
         export(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    for source, found in ((tmp_path / "ours", "None"), (tmp_path / "none", "no config.json")):
+        with pytest.raises(ValueError, match=rf"no folder of a policy of type xmodal.*: found {found}"):
+            export(str(source), str(tmp_path / "other"))
     teacher = f"objective.episodes.teacher={{model: {tmp_path / 'ours'}, view: student}}"
     parts = build(config.load(recipe, [teacher, "data.test=1"]))
     learnt, told = parts.models[str(tmp_path / "ours")].state_dict(), trained.model.state_dict()

@@ -147,7 +147,7 @@ checkpoint: {{every: 1, keep: 3}}
 """
 
 
-BRIEF = ("data.test=1", "eval.kl=false")  # a run that is about something else than what it measures
+ONE = ("data.test=1", "eval.kl=false")  # a run that is about something else than what it measures
 
 
 def toy(tmp_path, method="vla_opd_full", *overrides):
@@ -163,7 +163,7 @@ SLOW = {"marks": pytest.mark.slow}
     "method", [pytest.param("vla_opd", **SLOW), "vla_opd_full", pytest.param("grpo_success", **SLOW)]
 )
 def test_each_estimator_trains_the_eyes_in_episodes(tmp_path, method):
-    summary = train(toy(tmp_path, method, *BRIEF))
+    summary = train(toy(tmp_path, method, *ONE))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert summary["episodes"] == 8 and [line["episodes"] for line in lines] == [4, 4]
     assert all(line["environment_steps"] <= 4 * 8 for line in lines)
@@ -210,7 +210,7 @@ def test_a_camera_that_is_not_there_is_named(tmp_path):
 
 def test_another_policy_at_the_same_camera_teaches(tmp_path):
     teacher = f"{{model: {folder_of('default')}, view: student}}"
-    summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1", *BRIEF))
+    summary = train(toy(tmp_path, "vla_opd_full", f"objective.episodes.teacher={teacher}", "train.steps=1", *ONE))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(lines[0]["distill/episodes"]) < 1e-6 and summary["episodes"] == 4, "the student is its own teacher yet"
 

@@ -74,10 +74,11 @@ def refuse_policy(adapter: Any, policy: str) -> None:
 def episodes(parts: Any, options: argparse.Namespace) -> Iterator[list[Any]]:
     """The steps of each."""
     from modalities.action.lerobot import played, replayed
-    from xmodal_opd.build.shards import open_shards
+    from xmodal_opd.build.robots import starts
 
-    starts = open_shards(parts.recipe)[options.split == "test"]
-    pairs = [pair for _, pair in islice(starts.pairs(parts.adapter), options.episodes)]
+    data, seed = parts.recipe.data, parts.recipe.train.seed
+    own = starts(parts.recipe, seed if data.seed is None else data.seed, 0, 1)[options.split == "test"]
+    pairs = [pair for _, pair in islice(own.pairs(parts.adapter), options.episodes)]
     ask = asking(parts.sampler.workers)
     if options.policy == "expert":
         for pair in pairs:

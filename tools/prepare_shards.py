@@ -66,6 +66,13 @@ def arguments() -> argparse.ArgumentParser:
     robots.add_argument("--chunk", type=int, default=8, help="actions of a decision (8)")
     robots.add_argument("--stride", type=int, help="frames from one decision to the next (as many as --chunk)")
     robots.add_argument("--text", help="the column the teacher reads (state_text, or observation.state)")
+    robots.add_argument(
+        "--camera",
+        action="append",
+        metavar="NAME=COLUMN",
+        help="what the recipe calls a column of images, such as agentview=observation.images.image; those alone are "
+        "kept (all, each by the end of its column's name)",
+    )
     robots.add_argument("--per-shard", type=int, default=256, help="samples in a tar (256)")
     reshard = commands.add_parser("reshard", help="filter, merge or cut anew")
     reshard.add_argument("sources", nargs="+", help="folders, index.json, tars, patterns or urls")
@@ -157,10 +164,13 @@ def make(kind: str, out: str, **options: Any) -> None:
 # ---- lerobot
 
 
-def lerobot(source: str, out: str, **options: Any) -> None:
+def lerobot(source: str, out: str, camera: list[str] | None, **options: Any) -> None:
     from modalities.action.lerobot import write_decisions
 
-    index = write_decisions(source, out, **options)
+    named = [word.partition("=") for word in camera or ()]
+    if odd := [name for name, _, column in named if not (name and column)]:
+        raise ValueError(f"--camera {odd[0]} is not NAME=COLUMN, such as agentview=observation.images.image")
+    index = write_decisions(source, out, cameras={column: name for name, _, column in named} or None, **options)
     print(f"{out}: {index['total']} decisions in {len(index['shardlist'])} shards")
 
 

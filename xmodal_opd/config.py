@@ -232,13 +232,16 @@ def check_robot(path: str, recipe: Recipe) -> None:
 
 
 def check_demonstrations(path: str, recipe: ActionRecipe) -> None:
-    """Of what was shown there is one answer to each observation, and no outcome."""
-    several = [f"rollout.samplings.{name}.n" for name, some in recipe.rollout.samplings.items() if some.n > 1]
-    asked = {"judge": recipe.judge, "robot.depth": recipe.robot.depth} | dict.fromkeys(several, True)
-    if idle := [key for key, value in asked.items() if value is not None]:
+    """Of what was shown there is one answer to each observation, which nobody sampled, and no outcome."""
+    weights = [(name, piece_name(weight)) for name, term in recipe.objective.items() for weight in term.weights]
+    idle = [f"rollout.samplings.{name}.n" for name, some in recipe.rollout.samplings.items() if some.n > 1]
+    idle += [f"objective.{name}.weights {weight}" for name, weight in weights if weight in ("tis", "mismatch_mask")]
+    idle += ["judge"] if recipe.judge else []
+    idle += ["robot.depth"] if recipe.robot.depth else []
+    if idle:
         raise ValueError(
-            f"{path}: data.demonstrations shows one chunk of actions for each observation, and no episode is played in "
-            f"training, so {idle[0]} would do nothing; take it out, or the demonstrations"
+            f"{path}: data.demonstrations shows one chunk of actions for each observation, nothing is sampled and no "
+            f"episode is played in training, so {idle[0]} would mean nothing; take it out, or the demonstrations"
         )
 
 

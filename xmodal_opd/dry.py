@@ -107,14 +107,14 @@ def tokens(recipe: schema.Recipe, devices: int) -> Iterator[str]:
 def decisions(recipe: schema.ActionRecipe, devices: int) -> Iterator[str]:
     """How many episodes a step plays, what a decision is, and how many simulators run."""
     starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
-    if recipe.data.demonstrations:
-        yield f"a step     {starts} decisions of {recipe.data.demonstrations}, of {robot.chunk} actions at most"
-        return
     plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
-    yield f"a step     {starts} start states in {robot.name}; episodes from each: {plan}"
+    played, what = f"{starts * sum(s.n for s in samplings.values())} episodes; ", f"start states in {robot.name}"
+    if shown := recipe.data.demonstrations:
+        played, what, plan = "", f"decisions of {shown}", f"of the test in {robot.name} alone"
+    yield f"a step     {starts} {what}; episodes {plan if shown else f'from each: {plan}'}"
     yield (
-        f"           {starts * sum(s.n for s in samplings.values())} episodes; a decision is {robot.chunk} actions of "
-        f"{robot.size} numbers, {robot.chunk * robot.size} tokens, {robot.decoding}"
+        f"           {played}a decision is {robot.chunk} actions of {robot.size} numbers, {robot.chunk * robot.size} "
+        f"tokens, {robot.decoding}"
     )
     shares = [share(robot.workers, rank, devices) for rank in range(devices)]
     yield f"           {sum(shares)} workers in all, each with a simulator; {max(shares)} a process"

@@ -46,7 +46,8 @@ def evaluate_some(
 ) -> Iterator[dict[str, Any]]:
     model, view = teacher
     student = played(sampler, pairs, "student", "student")
-    text = played(replace(sampler, model=model), pairs, view, "text")
+    alike = model is sampler.model and view == "student"  # then what it does is known
+    text = student if alike else played(replace(sampler, model=model), pairs, view, "text")
     for pair, ours, theirs in zip(pairs, student, text, strict=True):
         yield {
             "key": pair.key,

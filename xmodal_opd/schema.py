@@ -279,6 +279,19 @@ class Eval(Part):
     extractor: Extractor | None = None  # of benchmarks whose published evaluation asks a model; default: quick rules
 
 
+class Compared(Part):
+    """A policy and the view it reads."""
+
+    model: str = STUDENT
+    view: str = "teacher"
+
+
+class ActedEval(Eval):
+    """Of modality action: episodes, the student's and a teacher's from the same start states."""
+
+    teacher: Compared | None = None  # default: the first that the recipe names, or the student reading the state
+
+
 class Checkpoint(Part):
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -317,6 +330,7 @@ class ActionRecipe(Recipe):
     modality: Literal["action"] = "action"  # pyright: ignore[reportIncompatibleVariableOverride]
     data: Starts  # pyright: ignore[reportIncompatibleVariableOverride]
     robot: Robot = Robot()
+    eval: ActedEval = ActedEval()
 
 
 def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
@@ -351,7 +365,8 @@ def views_of_its_teachers(recipe: Recipe, meta: Mapping[str, Any]) -> set[str]:
 
 def teachers(recipe: Recipe) -> set[str]:
     """Names of the models whose numbers terms and scorers use, the student's own ("current", …) among them."""
-    return {model for source in sources(recipe) for model, _ in teachers_of(source).values()}
+    compared = {instructor(recipe)[0]} if isinstance(recipe, ActionRecipe) else set()
+    return compared | {model for source in sources(recipe) for model, _ in teachers_of(source).values()}
 
 
 def sources(recipe: Recipe) -> list[Source]:
@@ -383,8 +398,10 @@ def kind_in(dual: Dual, meta: Mapping[str, Any]) -> str:
 
 
 def instructor(recipe: Recipe) -> tuple[str, str]:
-    """(model, view) that an evaluation of episodes holds against the student: the first teacher the recipe names, or
-    the student itself reading."""
+    """(model, view) that an evaluation of episodes holds against the student: `eval.teacher`, the first teacher the
+    recipe names, or the student itself reading."""
+    if isinstance(recipe, ActionRecipe) and recipe.eval.teacher:
+        return recipe.eval.teacher.model, recipe.eval.teacher.view
     return next((there for source in sources(recipe) for there in teachers_of(source).values()), ("current", "teacher"))
 
 

@@ -47,6 +47,8 @@ class ActionAdapter(ChatAdapter):
         """
         question = QUESTION.format(observation["instruction"].lower())
         images = [self.image(key, observation["images"], name) for name in self.cameras]
+        if self.proprio and not len(observation["state"]):
+            raise ValueError(f"decision {key!r} has no numbers of its state; set robot.proprio=false")
         numbers = f"{' '.join(f'{x:.3f}' for x in observation['state'])}\n" if self.proprio else ""
         views = {"student": self.asked(key, numbers + question, images)}
         if self.privileged:
@@ -59,10 +61,18 @@ class ActionAdapter(ChatAdapter):
         in the size that the robot's student sees. Raises SampleError, also for actions that no tokens stand for."""
         key, meta = sample["__key__"], sample["meta"]
         if missing := [name for name in ("observation", "actions") if name not in meta]:
-            made = "python tools/prepare_shards.py lerobot makes such shards of a LeRobotDataset"
+            made = (
+                "tools/prepare_shards.py lerobot makes such shards; those of an older version are to be deleted first"
+            )
             raise SampleError(f"sample {key!r} shows no robot: its meta has no {missing[0]!r}; {made}")
         shown = {name.rpartition(".")[0]: np.asarray(sight.decode(data)) for name, data in sample["media"].items()}
         seen: Any = {**meta["observation"], "images": shown}
+        if absent := [name for name in self.cameras if name not in shown]:
+            have = ", ".join(sorted(shown)) or "none"
+            raise SampleError(
+                f"sample {key!r} was not seen by robot.cameras {absent[0]!r}; its shards have: {have}; "
+                "tools/prepare_shards.py lerobot --camera NAME=COLUMN gives them other names"
+            )
         self.ids(meta["actions"])
         try:
             return self.observed(key, seen, meta)
@@ -102,6 +112,7 @@ def text_of(key: str, observation: Observation) -> str:
     if not observation["text"]:
         raise ValueError(
             f"decision {key!r} has no text of its state, which the teacher's view is made of; take an environment that "
-            "tells its state, or teachers that read the view 'student' only"
+            "tells its state, or teachers that read the view 'student' only, and where there is none "
+            "eval.teacher={view: student}"
         )
     return observation["text"]

@@ -18,6 +18,7 @@ from modalities.shards import write_shards
 from modalities.vision import media as sight
 
 IMAGES, STATE, ACTION, TEXT = "observation.images.", "observation.state", "action", "state_text"
+LAYOUT = 2  # of what is in a decision's meta
 DECODER = "pyav"  # of videos: it brings its own codecs, where torchcodec needs ffmpeg's libraries
 STATISTICS = "dataset_statistics.json"  # beside shards: what load_normalizer reads
 ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -137,6 +138,7 @@ def write_decisions(
     chunk: int = 8,
     stride: int | None = None,
     text: str | None = None,
+    cameras: Mapping[str, str] | None = None,
     per_shard: int = 256,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -145,27 +147,36 @@ def write_decisions(
     Every `stride`-th frame (default: every `chunk`-th, as an episode is decided) with `chunk` actions from there on, or
     as many as are left, in `meta.actions` [C, size] in the dataset's units. Their statistics lie beside the shards.
     What was seen is in `meta.observation`, as a simulator tells it, with the images beside it: a robot's recipe reads
-    that. Views, for all others: the student has all cameras and the instruction, the teacher the column `text`
-    (default: the state in words where there is one, else the state's numbers) and the instruction. Raises ValueError
-    for what the dataset has not.
+    that. Views, for all others: the student has the cameras and the instruction, the teacher the column `text`
+    (default: the state in words where there is one, else the state's numbers) and the instruction. cameras: names by
+    the dataset's keys of images (default: all, by what is behind `observation.images.`). Raises ValueError for what the
+    dataset has not.
     """
     dataset = opened(source)
-    column = text or next((name for name in (TEXT, STATE) if name in dataset.features), "")
-    for name, what in ((column, "teacher's text"), (ACTION, "actions")):
+    column = text or (TEXT if TEXT in dataset.features else STATE)
+    shown = dict(cameras or {key: camera_of(key) for key in dataset.meta.camera_keys})
+    wanted = [
+        (column, "the teacher's text"),
+        (ACTION, "the actions"),
+        *((key, f"the camera {shown[key]!r}") for key in shown),
+    ]
+    for name, what in wanted:
         if name not in dataset.features:
-            raise ValueError(f"{source} has no column {name!r} for the {what}; it has: {', '.join(dataset.features)}")
-    places, actions = decisions(dataset, chunk, stride or chunk), finite(dataset, {ACTION, column})
+            raise ValueError(f"{source} has no column {name!r} for {what}; it has: {', '.join(dataset.features)}")
+    read = {ACTION, column, STATE} & set(dataset.features)
+    places, actions = decisions(dataset, chunk, stride or chunk), finite(dataset, read)
     told = {kind: np.asarray(dataset.meta.stats[ACTION][kind]) for kind in KINDS}
     if broken := [kind for kind in KINDS if not np.isfinite(told[kind]).all()]:
         raise ValueError(
             f"meta/stats.json of {source} has NaN or infinity as {broken[0]} of {ACTION!r}; compute it anew"
         )
-    settings = {"kind": "lerobot", "records": digest(dataset), "chunk": chunk, "stride": stride or chunk}
+    settings = {"kind": "lerobot", "layout": LAYOUT, "records": digest(dataset), "chunk": chunk, "text": column}
+    settings |= {"stride": stride or chunk, "cameras": shown}
 
     def render(numbers: Sequence[int]) -> Iterator[Mapping[str, bytes]]:
-        return (sample(dataset, places[n], actions, column) for n in numbers)
+        return (sample(dataset, places[n], actions, column, shown) for n in numbers)
 
-    index = write_shards(folder, settings | {"text": column}, len(places), render, per_shard, progress)
+    index = write_shards(folder, settings, len(places), render, per_shard, progress)
     numbers = {kind: values.tolist() for kind, values in told.items()}
     Path(folder, STATISTICS).write_text(json.dumps({Path(source).name: {"action": numbers}}))
     return index
@@ -220,10 +231,17 @@ def digest(dataset: Any) -> str:
     return sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def sample(dataset: Any, place: Decision, actions: np.ndarray, column: str) -> dict[str, bytes]:
+def camera_of(key: str) -> str:
+    """A camera's name in a dataset's key of its images, which may have dots."""
+    return key.removeprefix(IMAGES).removeprefix("observation.")
+
+
+def sample(
+    dataset: Any, place: Decision, actions: np.ndarray, column: str, cameras: Mapping[str, str]
+) -> dict[str, bytes]:
     """The files of one decision."""
     item = dataset[place.frame]
-    images = {f"{key.rpartition('.')[2]}.png": picture(item[key]) for key in dataset.meta.camera_keys}
+    images = {f"{name}.png": picture(item[key]) for key, name in cameras.items()}
     question, words = QUESTION.format(item["task"].lower()), in_words(item[column])
     parts = [{"type": "image", "image": name} for name in images]
     state = np.asarray(item[STATE]).tolist() if STATE in item else []

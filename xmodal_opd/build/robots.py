@@ -15,6 +15,7 @@ from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import GRIPPERS, ActionTokens, load_normalizer
 from modalities.vision import video
 from xmodal_opd import config, dist, models, schema
+from xmodal_opd.data import INDEX
 from xmodal_opd.objective import pick
 from xmodal_opd.rollout.depth import DEPTHS, FULL, Depth
 from xmodal_opd.rollout.env import EnvSampler, Film
@@ -55,7 +56,7 @@ def starts(recipe: schema.ActionRecipe, seed: int, rank: int, world: int) -> tup
     """(start states to learn from, shuffled without end; those of the test, in order). Raises ValueError where the two
     meet."""
     part = recipe.data
-    if part.test > part.first:
+    if part.test > part.first and not part.demonstrations:
         raise ValueError(
             f"data.test is {part.test} start states of each task, and those to learn from begin at number "
             f"{part.first}: they would meet; set data.first to a number that is not lower"
@@ -133,6 +134,17 @@ def depth(recipe: schema.ActionRecipe, step: int) -> Depth:
             "the judge or the depth"
         )
     return found
+
+
+def refuse_other_chunk(recipe: schema.ActionRecipe) -> None:
+    """Raises ValueError where the index of the demonstrations tells of chunks that are not the robot's."""
+    index, chunk = Path(recipe.data.demonstrations or "", INDEX), recipe.robot.chunk
+    found = json.loads(index.read_text()).get("settings", {}).get("chunk", chunk) if index.is_file() else chunk
+    if found != chunk:
+        raise ValueError(
+            f"{recipe.data.demonstrations} has decisions of {found} actions, and robot.chunk is {chunk}; make them by "
+            f"tools/prepare_shards.py lerobot --chunk {chunk}, or set robot.chunk={found}"
+        )
 
 
 def refuse_mismatch(recipe: schema.ActionRecipe, about: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ def open_shards(recipe: schema.Recipe) -> tuple[Shards | robots.Starts, Shards |
     seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
     if isinstance(recipe, schema.ActionRecipe):
         learnt, tests = robots.starts(recipe, seed, dist.rank(), dist.world())
+        robots.refuse_other_chunk(recipe)
         return training_shards(recipe, seed) if recipe.data.demonstrations else learnt, tests
     if recipe.data.prepare is not None:
         prepare_shards(recipe.data.prepare, recipe.data.train, "train", recipe.data.prepare.train)

@@ -3,17 +3,23 @@
 python -m lerobot_policy_xmodal.export outputs/train/mine/checkpoints/last/pretrained_model runs/mine/model
 """
 
+import json
 import sys
 from pathlib import Path
 
+from lerobot_policy_xmodal.configuration_xmodal import XmodalConfig
 from lerobot_policy_xmodal.modeling_xmodal import XmodalPolicy
 from xmodal_opd import checkpoint
 
 
 def export(source: str, folder: str) -> None:
-    """Raises ValueError where the new folder is there already, OSError and ValueError where the source is no policy."""
+    """Raises ValueError where the new folder is there already, and where the source is no policy of ours."""
     if Path(folder).exists():
         raise ValueError(f"{folder} is there already; give another folder, or delete it")
+    config = Path(source, "config.json")
+    kind = json.loads(config.read_text()).get("type") if config.is_file() else "no config.json"
+    if kind != XmodalConfig.get_choice_name(XmodalConfig):
+        raise ValueError(f"{source} is no folder of a policy of type xmodal, as lerobot-train writes it: found {kind}")
     policy = XmodalPolicy.from_pretrained(source, strict=True)
     checkpoint.export(policy.model, policy.acting.processor, Path(folder))
 
@@ -23,7 +29,7 @@ def main() -> None:
         sys.exit("usage: python -m lerobot_policy_xmodal.export PRETRAINED_MODEL NEW_FOLDER")
     try:
         export(*sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"lerobot_policy_xmodal.export: {error}")
     print(sys.argv[2])
 
