@@ -279,17 +279,17 @@ class Eval(Part):
     extractor: Extractor | None = None  # of benchmarks whose published evaluation asks a model; default: quick rules
 
 
-class Compared(Part):
+class Policy(Part):
     """A policy and the view it reads."""
 
     model: str = STUDENT
     view: str = "teacher"
 
 
-class ActedEval(Eval):
+class ActionEval(Eval):
     """Of modality action: episodes, the student's and a teacher's from the same start states."""
 
-    teacher: Compared | None = None  # default: the first that the recipe names, or the student reading the state
+    teacher: Policy | None = None  # default: the first that the recipe names, or the student reading the state
 
 
 class Checkpoint(Part):
@@ -330,7 +330,7 @@ class ActionRecipe(Recipe):
     modality: Literal["action"] = "action"  # pyright: ignore[reportIncompatibleVariableOverride]
     data: Starts  # pyright: ignore[reportIncompatibleVariableOverride]
     robot: Robot = Robot()
-    eval: ActedEval = ActedEval()
+    eval: ActionEval = ActionEval()
 
 
 def kind_of(tree: Mapping[str, Any]) -> type[Recipe]:
