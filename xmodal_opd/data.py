@@ -30,7 +30,7 @@ from xmodal_opd.types import Adapter, Pair, SampleError
 INDEX = "index.json"  # the "wids" form: {"shardlist": [{"url", "nsamples", ...}]}
 TOLERATED = 0.01  # share of broken samples
 ENOUGH = 100  # samples to see before that share means anything
-MAKES = "shards are made by tools/prepare_shards.py, with what the header of a recipe tells, or by its data.prepare"
+MAKES = "shards are made by tools/prepare_shards.py, as a recipe's header tells, or by data.prepare where it has one"
 
 log = logging.getLogger(__name__)
 
