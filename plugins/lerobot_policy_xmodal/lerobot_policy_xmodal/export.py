@@ -10,6 +10,7 @@ from pathlib import Path
 from lerobot_policy_xmodal.configuration_xmodal import XmodalConfig
 from lerobot_policy_xmodal.modeling_xmodal import XmodalPolicy
 from xmodal_opd import checkpoint
+from xmodal_opd.cli import quiet
 
 
 def export(source: str, folder: str) -> None:
@@ -27,6 +28,7 @@ def export(source: str, folder: str) -> None:
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m lerobot_policy_xmodal.export PRETRAINED_MODEL NEW_FOLDER")
+    quiet()
     try:
         export(*sys.argv[1:])
     except (ValueError, OSError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from lerobot_policy_xmodal.configuration_xmodal import XmodalConfig
+from modalities.action.lerobot import camera_of
 from xmodal_opd import config as recipes
 from xmodal_opd.hidden import head, hidden_repeated, inputs_on
 from xmodal_opd.inspect import measured
@@ -114,7 +115,7 @@ class XmodalPolicy(PreTrainedPolicy):
 
     def images(self, batch: Mapping[str, Any]) -> dict[str, str]:
         """lerobot's key for each of the recipe's cameras. Raises ValueError where one has none."""
-        found = {key.rpartition(".")[2]: key for key in batch if key.startswith(IMAGE)}
+        found = {camera_of(key): key for key in batch if key.startswith(IMAGE)}
         cameras = self.acting.cameras
         if len(found) == len(cameras) == 1 and not self.config.cameras:
             return {cameras[0]: next(iter(found.values()))}
