@@ -74,10 +74,10 @@ def refuse_policy(adapter: Any, policy: str) -> None:
 def episodes(parts: Any, options: argparse.Namespace) -> Iterator[list[Any]]:
     """The steps of each."""
     from modalities.action.lerobot import played, replayed
+    from xmodal_opd import schema
     from xmodal_opd.build.robots import starts
 
-    data, seed = parts.recipe.data, parts.recipe.train.seed
-    own = starts(parts.recipe, seed if data.seed is None else data.seed, 0, 1)[options.split == "test"]
+    own = starts(parts.recipe, schema.order_seed(parts.recipe), 0, 1)[options.split == "test"]
     pairs = [pair for _, pair in islice(own.pairs(parts.adapter), options.episodes)]
     ask = asking(parts.sampler.workers)
     if options.policy == "expert":

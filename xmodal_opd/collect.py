@@ -26,7 +26,7 @@ from xmodal_opd.scoring.outcomes import entropies, outcomes
 from xmodal_opd.scoring.served import Source, ask_teachers
 from xmodal_opd.teachers import Told, by_teacher, heard, served_scores, wanted
 from xmodal_opd.tokens import cut, token_batch
-from xmodal_opd.types import Pair, Rollout, Scores, TokenBatch
+from xmodal_opd.types import Pair, Rollout, Sampler, Scores, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def sample(
     parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None = None
 ) -> tuple[Step, dict[str, float]]:
     """The step's rollouts with all their scores, and what is worth knowing about them."""
-    answers, age = answered(parts, pairs, number, following)
+    sampler = parts.sampler_at(number)
+    answers, age = answered(parts, sampler, pairs, number, following)
     references = answers.pop("(reference)", None)
     rollouts = [r for some in answers.values() for r in some]
     sampling = [name for name, some in answers.items() for _ in some]
     judging = (later if parts.judge_apart else now)(rewards_of, parts, answers, references)
     asking = (later if parts.served else now)(ask_teachers, parts.served, wanted(parts, rollouts, sampling), rollouts)
-    batch = with_trainer_logp(parts, token_batch(rollouts), rollouts, sampling, number)
+    batch = with_trainer_logp(parts, sampler, token_batch(rollouts), rollouts, sampling)
     local = local_scores(parts, rollouts, batch.mask)
     rewards, failures = judging.result()
     told = asking.result()
@@ -85,7 +86,7 @@ def sample(
     step = gathered(*heard(rollouts, sampling, batch, told))
     step, betas = dually(parts, step)
     apart = {} if parts.sampler.exact else mismatch(step.everyone)
-    apart |= likelihood(step.everyone) if isinstance(parts.sampler_at(number), Demonstrated) else {}
+    apart |= likelihood(step.everyone) if isinstance(sampler, Demonstrated) else {}
     lost = {"teacher_failures": float(len(rollouts) - len(step.rollouts))} if parts.served else {}
     verdicts = outcomes(judged_rows(parts, step)) | entropies(step.everyone)
     return step, describe(parts, answers, rewards, failures) | verdicts | betas | age | apart | lost
@@ -117,27 +118,27 @@ def judged_rows(parts: Parts, step: Step) -> TokenBatch:
 
 
 def answered(
-    parts: Parts, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None
+    parts: Parts, sampler: Sampler, pairs: Sequence[Pair], number: int, following: Sequence[Pair] | None
 ) -> tuple[dict[str, list[Rollout]], dict[str, float]]:
     """The answers of every sampling and how many updates old they are; those to the following pairs are then begun."""
     samplings = parts.samplings | ({} if parts.reference is None else {"(reference)": parts.reference})
     first = parts.recipe.train.seed * 1_000_003 + (dist.rank() << 40)
-    answers = parts.sampler_at(number).generate(pairs, samplings, first + number * 4099)
-    if not isinstance(parts.sampler, Ahead):
+    answers = sampler.generate(pairs, samplings, first + number * 4099)
+    if not isinstance(sampler, Ahead):
         return answers, {}
-    age = {"rollout/age": float(parts.sampler.age)}
+    age = {"rollout/age": float(sampler.age)}
     if following is not None:
-        parts.sampler.begin(following, samplings, first + (number + 1) * 4099)
+        sampler.begin(following, samplings, first + (number + 1) * 4099)
     return answers, age
 
 
 def with_trainer_logp(
-    parts: Parts, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str], number: int
+    parts: Parts, sampler: Sampler, batch: TokenBatch, rollouts: Sequence[Rollout], sampling: Sequence[str]
 ) -> TokenBatch:
     """The sampler's log-probs as the score `sampler_logp`, and as `student_logp` the trainer's own: the very same where
     the trainer samples, else from a forward over all answers."""
     scores = Scores(batch.scores, sampler_logp=batch.student_logp)
-    if parts.sampler_at(number).exact:
+    if sampler.exact:
         return replace(batch, scores=scores)
     views = [parts.samplings[name].view for name in sampling]
     cutter = partial(pieces, parts)

@@ -105,19 +105,24 @@ def tokens(recipe: schema.Recipe, devices: int) -> Iterator[str]:
 
 
 def decisions(recipe: schema.ActionRecipe, devices: int) -> Iterator[str]:
-    """How many episodes a step plays, what a decision is, and how many simulators run."""
-    starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
-    plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
-    played, what = f"{starts * sum(s.n for s in samplings.values())} episodes; ", f"start states in {robot.name}"
-    if shown := recipe.data.demonstrations:
-        played, what, plan = "", f"decisions of {shown}", f"of the test in {robot.name} alone"
-    yield f"a step     {starts} {what}; episodes {plan if shown else f'from each: {plan}'}"
-    yield (
-        f"           {played}a decision is {robot.chunk} actions of {robot.size} numbers, {robot.chunk * robot.size} "
-        f"tokens, {robot.decoding}"
-    )
+    """What a step plays or reads, what a decision is, and how many simulators run."""
+    robot = recipe.robot
+    yield f"a step     {shown(recipe) if recipe.data.demonstrations else played(recipe)}"
+    size = f"{robot.chunk} actions of {robot.size} numbers, {robot.chunk * robot.size} tokens"
+    yield f"           a decision is {size}, {robot.decoding}"
     shares = [share(robot.workers, rank, devices) for rank in range(devices)]
     yield f"           {sum(shares)} workers in all, each with a simulator; {max(shares)} a process"
+
+
+def shown(recipe: schema.ActionRecipe) -> str:
+    return f"{recipe.train.prompts} decisions of {recipe.data.demonstrations}; episodes of the test alone"
+
+
+def played(recipe: schema.ActionRecipe) -> str:
+    starts, robot, samplings = recipe.train.prompts, recipe.robot, recipe.rollout.samplings
+    plan = ", ".join(f"{s.n} at temperature {s.temperature * robot.temperature:g} ({n})" for n, s in samplings.items())
+    count = starts * sum(s.n for s in samplings.values())
+    return f"{count} episodes in {robot.name}, from {starts} start states: {plan}"
 
 
 def zero(recipe: schema.Recipe) -> int | None:

@@ -343,6 +343,11 @@ def learnt_from(recipe: Recipe) -> str:
     return recipe.data.demonstrations or "" if isinstance(recipe, ActionRecipe) else recipe.data.train
 
 
+def order_seed(recipe: Recipe) -> int:
+    """What the order of training samples depends on."""
+    return recipe.train.seed if recipe.data.seed is None else recipe.data.seed
+
+
 def views(recipe: Recipe) -> set[str]:
     """The views that the recipe names, and the two that are evaluated."""
     routed = [source for source in sources(recipe) if source.route]

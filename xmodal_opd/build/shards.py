@@ -24,7 +24,7 @@ def open_shards(recipe: schema.Recipe) -> tuple[Shards | robots.Starts, Shards |
     """(training shards, shuffled without end; test shards, in order), made first where the recipe says how; or the
     start states of a robot's episodes, and of those to learn from what others did, where the recipe says where that is.
     """
-    seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
+    seed = schema.order_seed(recipe)
     if isinstance(recipe, schema.ActionRecipe):
         learnt, tests = robots.starts(recipe, seed, dist.rank(), dist.world())
         robots.refuse_other_chunk(recipe)
