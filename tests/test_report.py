@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xmodal_opd import report
+from xmodal_opd import figures, history, report
+from xmodal_opd.history import STUDENT, TEXT
 from xmodal_opd.metrics import Metrics, Progress, reward_metrics
-from xmodal_opd.report import STUDENT, TEXT
 from xmodal_opd.statistics import accuracies, bootstrap_interval, gap_closed, paired, resampled_means, summary
 
 
@@ -239,7 +239,7 @@ def test_the_table_over_runs_has_a_line_a_method(tmp_path: Path):
         (tmp_path / name).mkdir()
         made = summary(three_tasks(0.3), three_tasks(after), 1.0) | ({"method": method} if method else {})
         (tmp_path / name / "summary.json").write_text(json.dumps(made))
-    summaries = report.load_summaries([tmp_path / name for name in ("r1", "r2", "r3")])
+    summaries = history.load_summaries([tmp_path / name for name in ("r1", "r2", "r3")])
     head, rule, cord, other = report.table(summaries).splitlines()
     assert head.count("|") == rule.count("|") == cord.count("|") == other.count("|")
     after = [100 * s["student_accuracy_after"] for s in summaries]
@@ -263,7 +263,7 @@ def test_other_questions_that_a_run_was_asked_are_a_column(tmp_path: Path):
             answers = records([1] * 10, share(right, 10))
             (tmp_path / name / "eval" / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
     (tmp_path / "r2" / "eval" / "bench.jsonl").write_text('{"benchmark": "mmstar", "correct": true}\n')
-    head, _, apo, grpo = report.table(report.load_summaries([tmp_path / "r1", tmp_path / "r2"])).splitlines()
+    head, _, apo, grpo = report.table(history.load_summaries([tmp_path / "r1", tmp_path / "r2"])).splitlines()
     assert head.endswith("| closed % | speech |") and apo.endswith("| 80.0 |") and grpo.endswith("| – |")
 
 
@@ -281,9 +281,9 @@ def test_metrics_have_a_table_of_their_first_and_last_tenth(tmp_path: Path):
 
 def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"has no summary\.json"):
-        report.load_summaries([tmp_path])
+        history.load_summaries([tmp_path])
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
-        report.curves(tmp_path)
+        figures.curves(tmp_path)
 
 
 # ---- pictures
@@ -309,61 +309,61 @@ def shows(path: Path, colour: str) -> bool:
 
 
 def test_curves_are_drawn_from_the_metrics(tmp_path: Path):
-    picture = report.curves(make_run(tmp_path / "run", 0))
+    picture = figures.curves(make_run(tmp_path / "run", 0))
     assert picture == tmp_path / "run" / "curves.png"
-    assert shows(picture, report.TEXT_COLOUR) and shows(picture, report.STUDENT_COLOUR)
-    bare = report.curves(make_run(tmp_path / "bare", 0, evaluations=False))
-    assert not shows(bare, report.TEXT_COLOUR) and shows(bare, report.STUDENT_COLOUR)
+    assert shows(picture, figures.TEXT_COLOUR) and shows(picture, figures.STUDENT_COLOUR)
+    bare = figures.curves(make_run(tmp_path / "bare", 0, evaluations=False))
+    assert not shows(bare, figures.TEXT_COLOUR) and shows(bare, figures.STUDENT_COLOUR)
 
 
 def test_the_evaluations_before_and_after_are_the_ends_of_the_curves(tmp_path: Path):
     folder = make_run(tmp_path, 0, evaluations=False)
     (folder / "summary.json").write_text(json.dumps(summary(three_tasks(0.3), three_tasks(0.8), 1.0)))
-    told = report.load_summaries([folder])[0]
-    steps, values = report.together([report.read(folder)], (TEXT, STUDENT))
+    told = history.load_summaries([folder])[0]
+    steps, values = history.together([history.read(folder)], (TEXT, STUDENT))
     assert steps == [0, 60] and values[0, 1].tolist() == [told[f"student_accuracy_{w}"] for w in ("before", "after")]
-    assert shows(report.curves(folder), report.TEXT_COLOUR)
+    assert shows(figures.curves(folder), figures.TEXT_COLOUR)
 
 
 def test_curves_of_one_step_and_of_a_run_still_writing(tmp_path: Path):
     folder = make_run(tmp_path, 0, steps=1)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss"')
-    assert report.curves(folder).stat().st_size > 10_000
+    assert figures.curves(folder).stat().st_size > 10_000
 
 
 def test_curves_of_a_run_that_measured_nothing(tmp_path: Path):
     with Metrics(tmp_path) as metrics:
         metrics.write(1, {"loss": math.nan})
-    assert report.curves(tmp_path).is_file()
+    assert figures.curves(tmp_path).is_file()
 
 
 def test_the_gap_figure_shows_the_spread_over_seeds(tmp_path: Path):
     runs = [make_run(tmp_path / str(seed), seed) for seed in range(3)]
-    one = report.gap_figure({"CORD": runs[:1]}, tmp_path / "one.png")
-    three = report.gap_figure({"CORD": runs, "other": runs[1:]}, tmp_path / "three.png")
+    one = figures.gap_figure({"CORD": runs[:1]}, tmp_path / "one.png")
+    three = figures.gap_figure({"CORD": runs, "other": runs[1:]}, tmp_path / "three.png")
     assert imread(three).shape[1] > 1.5 * imread(one).shape[1]
-    steps, values = report.together([report.read(run) for run in runs], (TEXT, STUDENT))
+    steps, values = history.together([history.read(run) for run in runs], (TEXT, STUDENT))
     assert steps == [0, 20, 40, 60] and values.shape == (3, 2, 4)
     assert values[:, 1, 0].tolist() == [0.36] * 3 and values[:, 1, -1].std() > 0
 
 
 def test_metrics_are_drawn_a_panel_each_and_a_line_a_method(tmp_path: Path):
     runs = [make_run(tmp_path / str(seed), seed) for seed in range(3)]
-    one = report.metrics_figure({"GRPO": runs[:1]}, ["reward"], tmp_path / "one.png")
-    two = report.metrics_figure({"GRPO": runs[:1], "APO": runs[1:]}, ["reward", "loss"], tmp_path / "two.png")
+    one = figures.metrics_figure({"GRPO": runs[:1]}, ["reward"], tmp_path / "one.png")
+    two = figures.metrics_figure({"GRPO": runs[:1], "APO": runs[1:]}, ["reward", "loss"], tmp_path / "two.png")
     assert imread(two).shape[1] > 1.5 * imread(one).shape[1]
-    assert shows(two, report.COLOURS[1]) and not shows(one, report.COLOURS[1])
+    assert shows(two, figures.COLOURS[1]) and not shows(one, figures.COLOURS[1])
     with pytest.raises(ValueError, match="no step has entropy in all 1 runs"):
-        report.metrics_figure({"GRPO": runs[:1]}, ["entropy"], tmp_path / "none.png")
+        figures.metrics_figure({"GRPO": runs[:1]}, ["entropy"], tmp_path / "none.png")
 
 
 def test_the_gap_figure_of_runs_without_evaluations_says_what_to_set(tmp_path: Path):
     with pytest.raises(ValueError, match=r"eval\.every"):
-        report.gap_figure({"m": [make_run(tmp_path / "r", 0, evaluations=False)]}, tmp_path / "gap.png")
+        figures.gap_figure({"m": [make_run(tmp_path / "r", 0, evaluations=False)]}, tmp_path / "gap.png")
 
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():
-    assert report.smooth([2.0] * 50, 3.0) == pytest.approx([2.0] * 50)
-    ramp = report.smooth([float(i) for i in range(101)], 4.0)
+    assert figures.smooth([2.0] * 50, 3.0) == pytest.approx([2.0] * 50)
+    ramp = figures.smooth([float(i) for i in range(101)], 4.0)
     assert len(ramp) == 101 and ramp[50] == pytest.approx(50)

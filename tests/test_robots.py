@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xmodal_opd import config, dist, dry, report
+from xmodal_opd import config, dist, dry, report, statistics
 from xmodal_opd.build.robots import Starts, action_tokens, adapter, sampler, share, starts
 from xmodal_opd.collect import once, question_rewards
 from xmodal_opd.models import folder_of, load_model, load_processor
@@ -121,7 +121,7 @@ def test_a_long_episode_has_one_reward_as_a_short_one():
 def test_the_closing_table_speaks_of_a_teacher_and_episodes(capsys):
     record = {"key": "a/0", "task": "a", "text_correct": True, "student_correct": False}
     after = record | {"student_correct": True}
-    summary = {"modality": "action", "episodes": 640} | report.summary([record] * 1, [after] * 1, 61.0)
+    summary = {"modality": "action", "episodes": 640} | statistics.summary([record] * 1, [after] * 1, 61.0)
     report.print_summary(summary)
     told = capsys.readouterr().out
     assert "teacher" in told and "text accuracy" not in told

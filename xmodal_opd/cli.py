@@ -181,20 +181,20 @@ def show(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xmodal_opd import report
+    from xmodal_opd import figures, history, report
 
     runs = [Path(run) for run in arguments.runs]
-    summaries = report.load_summaries(runs)
+    summaries = history.load_summaries(runs)
     print(report.table(summaries))
-    folders = {method: [] for method in report.by_method(summaries)}
+    folders = {method: [] for method in history.by_method(summaries)}
     for run, told in zip(runs, summaries, strict=True):
         folders[str(told["method"])].append(run)
     if arguments.metrics:
         print(report.metrics_table(folders, arguments.metrics))
     if arguments.figure and arguments.metrics:
-        print(report.metrics_figure(folders, arguments.metrics, Path(arguments.figure)))
+        print(figures.metrics_figure(folders, arguments.metrics, Path(arguments.figure)))
     elif arguments.figure:
-        print(report.gap_figure(folders, Path(arguments.figure)))
+        print(figures.gap_figure(folders, Path(arguments.figure)))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xmodal_opd import checkpoint, config, dist, evaluate, report, schema
+from xmodal_opd import checkpoint, config, dist, evaluate, figures, schema, statistics
 from xmodal_opd.build import Parts, build
 from xmodal_opd.build.engines import launch
 from xmodal_opd.build.shards import open_shards, training_pairs
@@ -56,10 +56,10 @@ def train_here(recipe: schema.Recipe, resume: bool, command: str, began: float) 
         after = evaluated(parts, tests, run / "eval" / "after.jsonl")
     about = {"method": recipe.name, "seed": recipe.train.seed, "modality": recipe.modality}
     about["episodes"] = state["episodes"]
-    summary = about | report.summary(before, after, elapsed(state, began))
+    summary = about | statistics.summary(before, after, elapsed(state, began))
     if dist.rank() == 0:
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        report.curves(run)
+        figures.curves(run)
     return summary | {"run_dir": str(run)}
 
 
