@@ -16,7 +16,7 @@ from xmodal_opd.benchmark import Benchmark
 from xmodal_opd.build import Parts, robots
 from xmodal_opd.data import Shards
 from xmodal_opd.scoring.benchmarks import Ask, score
-from xmodal_opd.scoring.judge import asker
+from xmodal_opd.scoring.endpoint import asker
 from xmodal_opd.types import Pair, SampleError
 
 

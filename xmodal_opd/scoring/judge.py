@@ -9,20 +9,18 @@ could not decide: the response is left out and counted, never taken for wrong. `
 import asyncio
 import hashlib
 import inspect
-import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
 from numbers import Real
 from typing import Any, Literal
 
 from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
 from xmodal_opd.scoring.answers import announced, extract, plain, require_maths, same_answers, without_thoughts
+from xmodal_opd.scoring.endpoint import Endpoint, endpoint_at, replies_of
 from xmodal_opd.scoring.layouts import LAYOUTS, reached
-from xmodal_opd.serving import Client, Failure, connect, patiently, send
+from xmodal_opd.serving import Failure
 from xmodal_opd.types import Rollout
 
 Rewards = list[float | None]
@@ -235,84 +233,11 @@ def verdict(reply: str) -> float | None:
     return float(said.pop()) if said in ({"0"}, {"1"}) else None
 
 
-# ---- an endpoint
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where and how to ask."""
-
-    url: str
-    model: str
-    key: str | None = field(repr=False)
-    timeout: float
-    retries: int
-    concurrency: int
-    max_tokens: int
-
-
 async def ask_all(endpoint: Endpoint, questions: Sequence[str]) -> list[float | str]:
     """The verdict on each question, or the reason there is none."""
     replies = await replies_of(endpoint, questions)
     said = [str(reply) if isinstance(reply, Failure) else verdict(reply) for reply in replies]
     return ["reply is neither 1 nor 0" if value is None else value for value in said]
-
-
-async def replies_of(endpoint: Endpoint, questions: Sequence[str]) -> list[str | Failure]:
-    """The reply to each question, or why there is none."""
-    gate, lost = asyncio.Semaphore(endpoint.concurrency), [0]  # lost: requests in a row without any reply
-    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-
-    async def one(client: Client, question: str) -> str | Failure:
-        async with gate:
-            if lost[0] >= endpoint.concurrency:
-                return Failure("endpoint is down")
-            try:
-                reply = await patiently(lambda: ask_once(client, endpoint, question), endpoint.retries)
-            except Failure as failure:
-                lost[0] = lost[0] + 1 if failure.again else 0
-                return failure
-            lost[0] = 0
-            return reply
-
-    async with connect(headers) as client:
-        return list(await asyncio.gather(*map(one, repeat(client), questions)))
-
-
-def asker(who: str, **options: Any) -> Callable[[list[str]], list[str | Failure]]:
-    """What the model behind an endpoint replies, with the options of `llm` but `to`."""
-    names = ("url", "model", "api_key_env", "timeout", "retries", "concurrency", "max_tokens")
-    endpoint = endpoint_at(who, *(options[name] for name in names))
-    return lambda questions: asyncio.run(replies_of(endpoint, questions))
-
-
-async def ask_once(client: Client, endpoint: Endpoint, question: str) -> str:
-    """What the model says to one question. Raises Failure."""
-    body = {
-        "model": endpoint.model,
-        "messages": [{"role": "user", "content": question}],
-        "temperature": 0,
-        "max_tokens": endpoint.max_tokens,
-    }
-    response = await send(client, f"{endpoint.url}/chat/completions", body, timeout=endpoint.timeout)
-    try:
-        return str(response.json()["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError):
-        raise Failure("reply is not a chat completion") from None
-
-
-def endpoint_at(who: str, url: str, model: str, api_key_env: str | None, *limits: Any) -> Endpoint:
-    """`limits` as Endpoint has them, in order. Raises ValueError, with who asks, for an address or key that is none."""
-    if not re.match(r"https?://[^/\s]+", url):
-        raise ValueError(f"{who} cannot ask {url!r}; give the address up to /v1, such as http://127.0.0.1:8000/v1")
-    return Endpoint(url.rstrip("/").removesuffix("/chat/completions"), model, _key(who, api_key_env), *limits)
-
-
-def _key(who: str, name: str | None) -> str | None:
-    key = os.environ.get(name, "").strip() if name else None
-    if name and not (key and key.isascii() and key.isprintable()):
-        raise ValueError(f"{who} reads its key from the environment variable {name!r}, which is unset or not a key")
-    return key
 
 
 # ---- columns
