@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a module imports only from lines above its own
     {"types", "serving", "schema", "lmms", "wire"},
-    {"dist", "hidden"},
+    {"dist", "hidden", "consistency"},
     {"objective", "background", "data", "tokens", "config", "metrics", "history", "statistics", "provenance", "duals"}
     | {"models", "engine"},
     {"lora", "encoders", "report", "figures"},

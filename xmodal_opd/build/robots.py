@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from modalities.action.adapter import ActionAdapter
 from modalities.action.tokens import GRIPPERS, ActionTokens, load_normalizer
 from modalities.vision import video
-from xmodal_opd import config, dist, models, schema
+from xmodal_opd import dist, models, schema
+from xmodal_opd.consistency import hint
 from xmodal_opd.data import INDEX
 from xmodal_opd.objective import pick
 from xmodal_opd.rollout.depth import DEPTHS, FULL, Depth
@@ -158,7 +159,7 @@ def refuse_mismatch(recipe: schema.ActionRecipe, about: Mapping[str, Any]) -> No
         )
     if unknown := [task for task in recipe.data.tasks if task not in tasks]:
         raise ValueError(
-            f"data.tasks names {unknown[0]!r}{config.hint(unknown[0], tasks)}, which {robot.name} has not; it has: "
+            f"data.tasks names {unknown[0]!r}{hint(unknown[0], tasks)}, which {robot.name} has not; it has: "
             f"{', '.join(tasks)}"
         )
 
