@@ -23,7 +23,8 @@ from xmodal_opd.hidden import head, hidden_repeated
 from xmodal_opd.models import load_model, load_processor
 from xmodal_opd.rollout.decode import decode, sample
 from xmodal_opd.rollout.depth import DEPTHS, Depth, expert_actions
-from xmodal_opd.rollout.env import EnvSampler, Film, drawn
+from xmodal_opd.rollout.env import EnvSampler, drawn
+from xmodal_opd.rollout.episode import Film
 from xmodal_opd.rollout.workers import Failed, Lost, Workers, surroundings
 from xmodal_opd.scoring.forward import Responses, statistics
 from xmodal_opd.tokens import token_batch

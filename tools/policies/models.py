@@ -57,7 +57,7 @@ class Model:
         return [episode.actions for episode in episodes]
 
     def episode(self, seat: Seat) -> Any:
-        from xmodal_opd.rollout.env import Episode
+        from xmodal_opd.rollout.episode import Episode
         from xmodal_opd.types import Pair, Sampling
 
         if seat.key not in self.episodes:

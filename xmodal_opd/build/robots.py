@@ -19,7 +19,8 @@ from xmodal_opd.consistency import hint
 from xmodal_opd.data import INDEX
 from xmodal_opd.objective import pick
 from xmodal_opd.rollout.depth import DEPTHS, FULL, Depth
-from xmodal_opd.rollout.env import EnvSampler, Film
+from xmodal_opd.rollout.env import EnvSampler
+from xmodal_opd.rollout.episode import Film
 from xmodal_opd.rollout.workers import Workers
 from xmodal_opd.types import Pair
 
