@@ -12,7 +12,7 @@ from PIL import Image
 
 from modalities.chat import ChatAdapter
 from modalities.tasks import questions
-from tools import build_tiny
+from tools.tiny import model as tiny
 from xmodal_opd.models import attend_in_blocks
 from xmodal_opd.types import Pair
 
@@ -25,7 +25,7 @@ def _threads():
 @pytest.fixture(scope="session")
 def tokenizer():
     texts = [f"user\nassistant\n{q.prompt} {q.response}" for q in itertools.islice(questions(0, "train"), 500)]
-    return build_tiny.make_tokenizer(texts)
+    return tiny.make_tokenizer(texts)
 
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import transformers
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tools import build_tiny
+from tools.tiny import model as tiny
 
 HF: Any = transformers  # its lazy names are beyond a type checker
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -99,7 +99,7 @@ def omni(tokenizer):
     text = {"num_hidden_layers": 2, "rope_parameters": MROPE | {"mrope_section": [4, 4, 4]}}
     audio = {"d_model": 96, "encoder_layers": 2, "encoder_ffn_dim": 192}
     vision = {"depth": 1, "fullatt_block_indexes": [0]}
-    return build_tiny.make_model(tokenizer, 0, 96, text, audio, vision), build_tiny.make_processor(tokenizer)
+    return tiny.make_model(tokenizer, 0, 96, text, audio, vision), tiny.make_processor(tokenizer)
 
 
 def qwen2_audio(tokenizer):

@@ -88,15 +88,15 @@ def test_uni_opd_tells_how_the_teacher_orders_right_and_wrong(world, tmp_path):
 
 
 def test_what_cannot_teach_or_train_is_refused(world, tmp_path):
-    from tools import build_tiny
+    from tools.tiny import model as tiny
 
     load = lambda *overrides: build(config.load(world["recipe"], overrides))  # noqa: E731
     with pytest.raises(ValueError, match=r"weights in torch\.bfloat16 are too coarse to train"):
         load("model.dtype=bfloat16")
     other = tmp_path / "other"
     shutil.copytree(world["folder"] / "model", other)
-    words = build_tiny.make_tokenizer(["other words make other tokens, and these are other words"])
-    build_tiny.make_processor(words).save_pretrained(other)
+    words = tiny.make_tokenizer(["other words make other tokens, and these are other words"])
+    tiny.make_processor(words).save_pretrained(other)
     with pytest.raises(ValueError, match="has another vocabulary"):
         load(f"objective.tokens.teacher.model={other}")
     weights = other / "model.safetensors"

@@ -10,7 +10,7 @@ from modalities.chat import ChatAdapter
 from modalities.facts import LISTED, facts
 from modalities.tasks import split_of
 from tools import build_smollm2_audio as tool
-from tools.build_tiny import fit
+from tools.tiny.lessons import fit
 from xmodal_opd import models
 
 

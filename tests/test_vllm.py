@@ -26,8 +26,9 @@ from PIL import Image
 from modalities.chat import ChatAdapter
 from modalities.shards import write_shards
 from modalities.tasks import questions
-from tools import build_tiny, serve_vllm
+from tools import serve_vllm
 from tools.install_vllm import default_folder, install
+from tools.tiny import model as tiny
 from xmodal_opd import checkpoint, config, models, train
 from xmodal_opd.hidden import media_tokens
 from xmodal_opd.rollout import nccl
@@ -385,7 +386,7 @@ def qwen2_audio(tokenizer):
         audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
     )
     processor = families.HF.Qwen2AudioProcessor(
-        feature_extractor=families.whisper(seconds=30), tokenizer=tokenizer, chat_template=build_tiny.TEMPLATE
+        feature_extractor=families.whisper(seconds=30), tokenizer=tokenizer, chat_template=tiny.TEMPLATE
     )
     return families.made(families.HF.Qwen2AudioForConditionalGeneration, config, tokenizer), processor
 

@@ -239,7 +239,7 @@ def spoken(texts: Sequence[str], seed: int, split: str = "train") -> list[Any]:
 
     from modalities.audio.speech import random_voice
     from modalities.tasks import Question
-    from tools.build_tiny import ACCENTS, utterance
+    from tools.tiny.hearing import ACCENTS, utterance
 
     rng = random.Random(seed)
     jobs = [(Question("", "", text, "", ""), random_voice(rng, split, ACCENTS)) for text in texts]
@@ -249,7 +249,7 @@ def spoken(texts: Sequence[str], seed: int, split: str = "train") -> list[Any]:
 
 def learn(model: Any, adapter: Any, texts: Sequence[str], seed: int, lesson: Lesson) -> None:
     """Encoder and projector alone, by CTC: a frame comes out as the embedding of the token said there, or of BLANK."""
-    from tools.build_tiny import fit
+    from tools.tiny.lessons import fit
 
     heard = list(clips(adapter, texts, seed))
     vocabulary = sorted({BLANK, *(token for _, _, ids in heard for token in ids)})
@@ -302,7 +302,7 @@ def ctc(model: Any, some: list, vocabulary: list[int], lesson: Lesson) -> Any:
     from torch.nn.functional import ctc_loss
     from torch.nn.utils.rnn import pad_sequence
 
-    from tools.build_tiny import masked
+    from tools.tiny.hearing import masked
 
     mels = torch.stack([masked_to(item, frames, masked) for item, frames, _ in some])
     words = model.get_input_embeddings().weight[vocabulary].detach()

@@ -122,13 +122,13 @@ def played(play: Callable[[Any], list[Any]], jobs: Sequence[tuple[Any, ...]]) ->
 
 def make_model(tokenizer: Any, seed: int) -> Any:
     """A thinker of about 1.4 million parameters; its ears are as small as their class allows, and not trained."""
-    from tools import build_tiny
+    from tools.tiny import model as tiny
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     text = {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "rope_parameters": rope}
     audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
     vision = {"hidden_size": 96, "intermediate_size": 288}
-    model = build_tiny.make_model(tokenizer, seed, 128, text, audio, vision)
+    model = tiny.make_model(tokenizer, seed, 128, text, audio, vision)
     keep_numbers_in_line(model, tokenizer.convert_tokens_to_ids(NUMBERS))
     return model
 
@@ -191,7 +191,7 @@ def spread_out(logp: Any, wanted: Any) -> Any:
 
 def learn_states(model: Any, adapter: Any, seed: int) -> None:
     """Many demonstrations, in words."""
-    from tools.build_tiny import fit
+    from tools.tiny.lessons import fit
 
     steps, rng = demonstrations(MANY, FIRST + 1000, pushed=True, seen=False), random.Random(seed)
     fit(model, lambda: imitation(model, adapter, rng.sample(steps, 64), seen=False), 700, 2.5e-3, "states")
@@ -206,7 +206,7 @@ def learn_places(model: Any, adapter: Any, seed: int) -> None:
 
 
 def locate(model: Any, adapter: Any, shown: Sequence[Step], seed: int, steps: int, rate: float, name: str) -> None:
-    from tools.build_tiny import fit
+    from tools.tiny.lessons import fit
 
     rng = random.Random(seed)
 
@@ -233,7 +233,7 @@ def far_off(model: Any, adapter: Any, images: Sequence[Any], numbers: Sequence[S
 def learn_to_see(model: Any, adapter: Any, seed: int) -> None:
     """To act by the camera: a little, from two demonstrations of each task. The language model stays, and with it what
     it does with words."""
-    from tools.build_tiny import fit
+    from tools.tiny.lessons import fit
 
     shown, rng = demonstrations(TWO, FIRST, pushed=True, seen=True), random.Random(seed)
 
@@ -245,7 +245,7 @@ def learn_to_see(model: Any, adapter: Any, seed: int) -> None:
 
 def learn_from_words(model: Any, adapter: Any, seed: int) -> None:
     """To act by the camera as the same model does that reads the state, wherever the hand may be: an expert."""
-    from tools.build_tiny import fit
+    from tools.tiny.lessons import fit
 
     shown = demonstrations(FEW, FIRST, pushed=True, seen=True) + wanderings(WANDERINGS, FIRST + 100_000)
     rng = random.Random(seed)
@@ -273,7 +273,7 @@ def build(folder: Path, work: Path, seed: int, stages: Mapping[str, Callable[...
     from modalities.action.adapter import QUESTION, ActionAdapter
     from modalities.action.metaworld import LOOKS
     from modalities.action.tokens import BINS, ActionTokens
-    from tools.build_tiny import make_processor, make_tokenizer
+    from tools.tiny.model import make_processor, make_tokenizer
 
     began = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""What the small default model learns of pictures once it has learnt to hear (see `build_tiny.py`): where words stand
-on a page, to read, the questions in text, and to answer by sight. The pictures it meets here are straight, sharp and in
-five typefaces; those of a recipe are turned, blurred, grainy, and in others. That, and how few they are, is the gap.
+"""What the small default model learns of pictures once it has learnt to hear (see `tools/build_tiny.py`): where words
+stand on a page, to read, the questions in text, and to answer by sight. The pictures it meets here are straight, sharp
+and in five typefaces; those of a recipe are turned, blurred, grainy, and in others. That, and how few they are, is the
+gap.
 
 The audio encoder and the embeddings of tokens it hears rest throughout, and spoken questions come along, so that
 hearing stays as it was.
@@ -9,7 +10,18 @@ hearing stays as it was.
 import itertools
 import random
 from collections.abc import Sequence
+from multiprocessing import get_context
 from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from modalities.tasks import questions
+from modalities.vision.draw import INKS, LINE, MARGIN, PAPERS, SIZES, Look, draw, font, wrap
+from modalities.vision.tasks import scenes
+from tools.tiny.hearing import clips
+from tools.tiny.lessons import aligned, answer_loss, example, fit
 
 TYPEFACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSans-Bold", "cmr10", "STIXGeneral")  # of those of training, five
 SEEN = ("rendered", "digits", "geometry", "rendered", "digits", "charts", "geometry")
@@ -31,34 +43,22 @@ def looked(adapter, scene, image: Any = None):
 
 def printed(rng: random.Random) -> Any:
     """Black on white, in the first two typefaces."""
-    from modalities.vision.draw import Look
-
     return Look(font=rng.choice(TYPEFACES[:2]), size=rng.randint(14, 16), seed=rng.getrandbits(32))
 
 
 def clean(rng: random.Random) -> Any:
     """In any ink on any paper, but straight and sharp."""
-    from modalities.vision.draw import INKS, PAPERS, Look
-
     face, ink, paper = rng.choice(TYPEFACES), rng.choice(INKS), rng.choice(PAPERS)
     return Look(font=face, size=rng.randint(13, 17), ink=ink, paper=paper, seed=rng.getrandbits(32))
 
 
 def picture(scene_and_look) -> Any:
     """Pixels [height, width, 3]; runs in worker processes."""
-    import numpy as np
-
-    from modalities.vision.draw import draw
-
     return np.asarray(draw(*scene_and_look))
 
 
 def pictures(seed: int, split: str, count: int, families: Sequence[str], look_of=clean) -> list[tuple]:
     """(scene, look, pixels) of `count` scenes."""
-    from multiprocessing import get_context
-
-    from modalities.vision.tasks import scenes
-
     rng = random.Random(seed)
     drawn = [(scene, look_of(rng)) for scene in itertools.islice(scenes(seed, split, families), count)]
     with get_context("spawn").Pool(2) as pool:
@@ -68,8 +68,6 @@ def pictures(seed: int, split: str, count: int, families: Sequence[str], look_of
 
 def moved(image: Any, rng: random.Random) -> Any:
     """The picture a few pixels off its place."""
-    import numpy as np
-
     return np.roll(image, (rng.randint(-4, 4), rng.randint(-5, 5)), (0, 1))
 
 
@@ -94,11 +92,6 @@ def learn_charts(model, adapter, seed: int) -> None:
 def learn_text_of(model, adapter, seed: int, families: Sequence[str], steps: int, rate: float = 1.5e-3) -> None:
     """The language model on the text of scenes, with written and spoken questions of before among them. Embeddings of
     tokens that those are made of rest, as what the encoders say is said in them."""
-    import torch
-
-    from modalities.vision.tasks import scenes
-    from tools.build_tiny import clips, cross_entropy, example, fit
-
     freeze(model, ("visual", "audio_tower"))
     heard, stream = clips("train", seed + 3, 2400), scenes(seed, "train", families)
     rng, old = random.Random(seed), written(seed + 5)
@@ -110,7 +103,7 @@ def learn_text_of(model, adapter, seed: int, families: Sequence[str], steps: int
             table[known] = before[known]
         some = [looked(adapter, next(stream)) for _ in range(36)] + [example(adapter, next(old)) for _ in range(6)]
         spoken = [example(adapter, question, wave) for question, wave in rng.sample(heard, 8)]
-        return 0.8 * cross_entropy(model, adapter, some) + 0.2 * cross_entropy(model, adapter, spoken)
+        return 0.8 * answer_loss(model, adapter, some) + 0.2 * answer_loss(model, adapter, spoken)
 
     fit(model, loss, steps, rate, "scenes")
     with torch.no_grad():
@@ -129,11 +122,6 @@ def known_tokens(adapter, seed: int) -> list[int]:
 
 def learn_words(model, adapter, seed: int) -> None:
     """The vision encoder alone: each image token is the token of text that is drawn there, or the padding token."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from tools.build_tiny import fit
-
     blank = adapter.tokenizer.pad_token_id
     drawn = pictures(seed + 10, "train", 6000, ("rendered",), printed)
     seen = [(image, placed(adapter.tokenizer, *job)) for *job, image in drawn]
@@ -160,8 +148,6 @@ def learn_to_read_well(model, adapter, seed: int) -> None:
 def read(model, adapter, seed: int, count: int, steps: int) -> None:
     """The vision encoder alone, by CTC onto the language model's token embeddings, as the audio encoder learnt to hear:
     a page row by row, a chart column by column."""
-    from tools.build_tiny import aligned, fit
-
     drawn = pictures(seed, "train", count, READS)
     seen = [(image, adapter.tokenizer(scene.shown)["input_ids"], scene.task == "charts") for scene, _, image in drawn]
     rng = random.Random(seed)
@@ -181,9 +167,6 @@ def read(model, adapter, seed: int, count: int, steps: int) -> None:
 
 def learn_to_look(model, adapter, seed: int) -> None:
     """Pictures with their answers, and among them scenes in text and spoken and written questions of before."""
-    from modalities.vision.tasks import scenes
-    from tools.build_tiny import clips, cross_entropy, example, fit
-
     freeze(model, ("audio_tower", "embed_tokens"))
     seen, heard = pictures(seed + 12, "train", 3000, SEEN), clips("train", seed + 3, 2400)
     rng, stream, old = random.Random(seed), scenes(seed + 6, "train", SEEN), written(seed + 7)
@@ -193,7 +176,7 @@ def learn_to_look(model, adapter, seed: int) -> None:
         text = [looked(adapter, next(stream)) for _ in range(8)] + [example(adapter, next(old)) for _ in range(4)]
         spoken = [example(adapter, question, wave) for question, wave in rng.sample(heard, 6)]
         parts = ((0.6, by_sight), (0.2, text), (0.2, spoken))
-        return sum(share * cross_entropy(model, adapter, some) for share, some in parts)
+        return sum(share * answer_loss(model, adapter, some) for share, some in parts)
 
     fit(model, loss, 350, 1e-3, "looking")
 
@@ -205,15 +188,11 @@ def freeze(model, parts: Sequence[str]) -> None:
 
 
 def written(seed: int):
-    from modalities.tasks import questions
-
     return questions(seed, "train")
 
 
 def sighted(model, adapter, images: list) -> tuple[Any, list[tuple[int, int]]]:
     """Logits [tokens of all images, vocabulary] of what each image token is nearest to; rows and columns of each."""
-    import torch
-
     inputs = adapter.processor.image_processor(images=images, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         states = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
@@ -224,8 +203,6 @@ def sighted(model, adapter, images: list) -> tuple[Any, list[tuple[int, int]]]:
 
 def placed(tokenizer, scene, look) -> list[int | None] | None:
     """For each image token of a page, the token of its text that is drawn there, in order; None where two would be."""
-    from modalities.vision.draw import LINE, MARGIN, SIZES, font, wrap
-
     width, height = SIZES["text"]
     across, text, face = width // LINE, scene.picture["text"], font(look.font, look.size)
     out: list[int | None] = [None] * (across * height // LINE)
