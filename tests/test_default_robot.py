@@ -9,7 +9,7 @@ import pytest
 
 from modalities.action.environment import AssetError
 from modalities.action.metaworld import MetaWorld
-from tools.tiny_robot import MOVED, TASKS
+from tools.tiny.demonstrations import MOVED, TASKS
 from xmodal_opd import config
 from xmodal_opd.build import build
 from xmodal_opd.episodes import evaluate

@@ -239,7 +239,7 @@ def spoken(texts: Sequence[str], seed: int, split: str = "train") -> list[Any]:
 
     from modalities.audio.speech import random_voice
     from modalities.tasks import Question
-    from tools.tiny.hearing import ACCENTS, utterance
+    from tools.tiny.media import ACCENTS, utterance
 
     rng = random.Random(seed)
     jobs = [(Question("", "", text, "", ""), random_voice(rng, split, ACCENTS)) for text in texts]

@@ -5,7 +5,7 @@ new to it, and so are turned and blurred pictures. That, and how little it saw, 
 
     python tools/build_tiny.py xmodal_opd/assets/tiny --seed 0
 
-Stages, from one seed: questions as text; hearing, by CTC; spoken questions with their answers; then those of sight;
+Lessons, from one seed: questions as text; hearing, by CTC; spoken questions with their answers; then those of sight;
 `tools/tiny/` has them all. Each is a pure function of the one before and the seed, and is kept in --work, so that a
 stopped build goes on.
 """
@@ -13,7 +13,6 @@ stopped build goes on.
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ def held_out(adapter, seed: int) -> dict[str, list]:
     the clean pictures of these lessons, and as the worn ones of a recipe's test."""
     from modalities.vision.draw import random_look
     from modalities.vision.tasks import SCENES
-    from tools.tiny.hearing import clips
     from tools.tiny.lessons import example
-    from tools.tiny.sight import clean, looked, pictures
+    from tools.tiny.media import clean, clips, pictures
+    from tools.tiny.sight import looked
 
     spoken = clips("test", seed + 9999, 300)
     asked = {
@@ -41,7 +40,7 @@ def held_out(adapter, seed: int) -> dict[str, list]:
     return asked
 
 
-def stages(from_base: bool) -> dict[str, Callable[[Any, Any, int], None]]:
+def lessons(from_base: bool) -> dict[str, Callable[[Any, Any, int], None]]:
     """By name, in their order; a base has been through those of text and speech."""
     from tools.tiny import hearing, sight
 
@@ -59,48 +58,32 @@ def stages(from_base: bool) -> dict[str, Callable[[Any, Any, int], None]]:
 
 
 def build(folder: Path, work: Path, seed: int, base: Path | None) -> None:
-    """Train what is not yet in `work`, and write the model with its processor to `folder` in bfloat16."""
-    import torch
-
+    """Teach what is not yet kept in `work`, and write the model with its processor to `folder`."""
     from modalities.chat import ChatAdapter
     from modalities.tasks import questions
-    from tools.tiny.lessons import REPEAT, accuracy
+    from tools.tiny.lessons import REPEAT, accuracy, save, teach
     from tools.tiny.model import make_model, make_processor, make_tokenizer
     from xmodal_opd.models import load_model, load_processor
 
-    began = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
     asked = itertools.islice(questions(seed, "train"), 20000)
     words = f"user\nassistant\n{REPEAT} {{0.prompt}} {{0.response}}"
     tokenizer = load_processor(str(base)).tokenizer if base else make_tokenizer(words.format(q) for q in asked)
-    processor = make_processor(tokenizer)
-    model = make_model(tokenizer, seed)
+    processor, model = make_processor(tokenizer), make_model(tokenizer, seed)
     if base:
         kept = load_model(str(base)).state_dict()
         model.load_state_dict({k: v for k, v in kept.items() if not k.startswith("visual.")}, strict=False)
     adapter = ChatAdapter(processor, 512)
     tests = held_out(adapter, seed)
-    for name, stage in stages(base is not None).items():
-        kept = work / f"{name}.pt"
-        if not kept.exists():
-            torch.manual_seed(seed)
-            model.requires_grad_(True)
-            stage(model, adapter, seed)
-            torch.save(model.state_dict(), kept)
-        model.load_state_dict(torch.load(kept, weights_only=True))
-        figures = {view: accuracy(model, adapter, some) for view, some in tests.items()}
-        print(f"after {name}, {time.monotonic() - began:.0f} s: {figures}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {size:.1f} MB")
+    found = lambda: {view: accuracy(model, adapter, some) for view, some in tests.items()}  # noqa: E731
+    teach(model, adapter, lessons(base is not None), work, seed, found)
+    save(model, processor, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the Hugging Face folder goes")
-    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="where finished stages are kept")
-    parser.add_argument("--base", type=Path, help="a folder built before, to go on from after the stages of speech")
+    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="where finished lessons are kept")
+    parser.add_argument("--base", type=Path, help="a folder built before, to go on from after the lessons of speech")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

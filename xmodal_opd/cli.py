@@ -200,10 +200,14 @@ def report(arguments: argparse.Namespace) -> int:
 
 def quiet() -> None:
     """Libraries keep their progress bars and advice to themselves."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    # where it is installed, accelerate imports it while a model is saved, and it sets its own level then
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 if __name__ == "__main__":

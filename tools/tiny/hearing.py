@@ -2,34 +2,13 @@
 
 import itertools
 import random
-from multiprocessing import get_context
 
 import torch
-import torchaudio
 from torch.nn.utils.rnn import pad_sequence
 
-from modalities.audio.speech import random_voice, speak
 from modalities.tasks import questions
 from tools.tiny.lessons import aligned, answer_loss, example, fit
-
-ACCENTS = ("en-us",)
-
-
-def utterance(question_and_voice):
-    """Waveform at 16 kHz; runs in worker processes."""
-    torch.set_num_threads(1)
-    question, voice = question_and_voice
-    wave, rate = speak(question.prompt, voice)
-    return torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy()
-
-
-def clips(split: str, seed: int, count: int, pitches: tuple[int, int] = (35, 65)) -> list:
-    """(question, waveform) pairs in random voices of the split."""
-    rng = random.Random(seed)
-    asked = list(itertools.islice(questions(seed, split), count))
-    jobs = [(question, random_voice(rng, split, ACCENTS, pitches=pitches)) for question in asked]
-    with get_context("spawn").Pool(2) as pool:
-        return list(zip(asked, pool.map(utterance, jobs, chunksize=32), strict=True))
+from tools.tiny.media import clips
 
 
 def learn_text(model, adapter, seed: int) -> None:

@@ -1,7 +1,9 @@
 """What lessons are made of: an example, its loss, a fit, and what was learnt of it."""
 
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,37 @@ def fit(
         if (step + 1) % 50 == 0:
             print(f"{name} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
     model.eval()
+
+
+def teach(
+    model: Any,
+    adapter: Any,
+    lessons: Mapping[str, Callable[[Any, Any, int], None]],
+    work: Path,
+    seed: int,
+    learnt: Callable[[], Any] = str,
+) -> None:
+    """The lessons in their order, each from where the one before ended and the seed; what is kept in `work` is not
+    learnt again. After each, what is `learnt` is printed."""
+    began = time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    for name, lesson in lessons.items():
+        kept = work / f"{name}.pt"
+        if not kept.exists():
+            torch.manual_seed(seed)
+            model.requires_grad_(True)
+            lesson(model, adapter, seed)
+            torch.save(model.state_dict(), kept)
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        print(f"after {name}, {time.monotonic() - began:.0f} s: {learnt()}", flush=True)
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """As a Hugging Face folder, in bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {size:.1f} MB")
 
 
 def accuracy(model, adapter, asked: list) -> dict[str, float]:

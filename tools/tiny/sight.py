@@ -10,20 +10,17 @@ hearing stays as it was.
 import itertools
 import random
 from collections.abc import Sequence
-from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from modalities.tasks import questions
-from modalities.vision.draw import INKS, LINE, MARGIN, PAPERS, SIZES, Look, draw, font, wrap
+from modalities.vision.draw import LINE, MARGIN, SIZES, font, wrap
 from modalities.vision.tasks import scenes
-from tools.tiny.hearing import clips
 from tools.tiny.lessons import aligned, answer_loss, example, fit
+from tools.tiny.media import clips, moved, pictures, printed
 
-TYPEFACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSans-Bold", "cmr10", "STIXGeneral")  # of those of training, five
 SEEN = ("rendered", "digits", "geometry", "rendered", "digits", "charts", "geometry")
 READS = (
     "rendered",
@@ -39,36 +36,6 @@ def looked(adapter, scene, image: Any = None):
     parts = [text] if image is None else [{"type": "image"}, *([text] if scene.prompt else [])]
     view = adapter.laid_out(scene.instance, [{"role": "user", "content": parts}], [], [] if image is None else [image])
     return view, [*adapter.tokenizer(scene.response)["input_ids"], adapter.tokenizer.eos_token_id]
-
-
-def printed(rng: random.Random) -> Any:
-    """Black on white, in the first two typefaces."""
-    return Look(font=rng.choice(TYPEFACES[:2]), size=rng.randint(14, 16), seed=rng.getrandbits(32))
-
-
-def clean(rng: random.Random) -> Any:
-    """In any ink on any paper, but straight and sharp."""
-    face, ink, paper = rng.choice(TYPEFACES), rng.choice(INKS), rng.choice(PAPERS)
-    return Look(font=face, size=rng.randint(13, 17), ink=ink, paper=paper, seed=rng.getrandbits(32))
-
-
-def picture(scene_and_look) -> Any:
-    """Pixels [height, width, 3]; runs in worker processes."""
-    return np.asarray(draw(*scene_and_look))
-
-
-def pictures(seed: int, split: str, count: int, families: Sequence[str], look_of=clean) -> list[tuple]:
-    """(scene, look, pixels) of `count` scenes."""
-    rng = random.Random(seed)
-    drawn = [(scene, look_of(rng)) for scene in itertools.islice(scenes(seed, split, families), count)]
-    with get_context("spawn").Pool(2) as pool:
-        pixels = pool.map(picture, drawn, chunksize=32)
-    return [(*job, image) for job, image in zip(drawn, pixels, strict=True)]
-
-
-def moved(image: Any, rng: random.Random) -> Any:
-    """The picture a few pixels off its place."""
-    return np.roll(image, (rng.randint(-4, 4), rng.randint(-5, 5)), (0, 1))
 
 
 # ---- lessons
