@@ -18,8 +18,9 @@ from modalities.vision.benchmarks import LAYOUTS, questions
 from xmodal_opd import lmms, report
 from xmodal_opd.cli import main
 from xmodal_opd.models import folder_of
-from xmodal_opd.scoring.benchmarks import RULES, Verdict, edit_distance, mmmu_said, relaxed, score
+from xmodal_opd.scoring.benchmarks import Verdict, score
 from xmodal_opd.scoring.endpoint import asker
+from xmodal_opd.scoring.rules import RULES, edit_distance, mmmu_said, relaxed
 from xmodal_opd.serving import Failure
 from xmodal_opd.statistics import shares, wilson_interval
 from xmodal_opd.types import SampleError

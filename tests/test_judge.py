@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from xmodal_opd.scoring.answers import equivalent, extract, numbers, option, same_answer, same_answers
+from xmodal_opd.scoring.answers import equivalent, extract, option, same_answer, same_answers
 from xmodal_opd.scoring.judge import build_judge, judge, verdict
 from xmodal_opd.scoring.layouts import LAYOUTS
+from xmodal_opd.scoring.quantities import numbers
 from xmodal_opd.types import Pair, Rollout
 
 

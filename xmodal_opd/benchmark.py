@@ -13,7 +13,8 @@ from rich.progress import track
 
 from xmodal_opd import evaluate
 from xmodal_opd.data import ENOUGH, TOLERATED
-from xmodal_opd.scoring.benchmarks import Doc, Verdict
+from xmodal_opd.scoring.benchmarks import Verdict
+from xmodal_opd.scoring.rules import Doc
 from xmodal_opd.types import Adapter, Pair, Rollout, SampleError, Sampler, Sampling
 
 Read = Callable[[], Mapping[str, Any]]  # a sample as shards have it; raises SampleError

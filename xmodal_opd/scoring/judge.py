@@ -17,9 +17,10 @@ from numbers import Real
 from typing import Any, Literal
 
 from xmodal_opd.objective import Spec, name_of, options_of, outside, pick
-from xmodal_opd.scoring.answers import announced, extract, plain, require_maths, same_answers, without_thoughts
+from xmodal_opd.scoring.answers import announced, extract, plain, same_answers, without_thoughts
 from xmodal_opd.scoring.endpoint import Endpoint, endpoint_at, replies_of
 from xmodal_opd.scoring.layouts import LAYOUTS, reached
+from xmodal_opd.scoring.maths import require_maths
 from xmodal_opd.serving import Failure
 from xmodal_opd.types import Rollout
 

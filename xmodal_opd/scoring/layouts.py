@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from xmodal_opd.scoring.answers import equivalent, numbers, option, plain, same_answers
+from xmodal_opd.scoring.answers import equivalent, option, plain, same_answers
+from xmodal_opd.scoring.quantities import numbers
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ANSWER = re.compile(r"\banswer:", re.IGNORECASE)
