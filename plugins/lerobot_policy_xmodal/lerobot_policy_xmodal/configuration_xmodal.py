@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 
+from xmodal_opd import config
+from xmodal_opd.schema import ActionRecipe
+
 
 @PreTrainedConfig.register_subclass("xmodal")
 @dataclass
@@ -22,15 +25,24 @@ class XmodalConfig(PreTrainedConfig):
     lr: float = 1e-4  # of lerobot-train
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=dict)  # the recipe's statistics do that
 
+    def read(self) -> ActionRecipe:
+        """The recipe. Raises ValueError where there is none, and for one that is none of a robot."""
+        if not self.recipe:
+            raise ValueError(
+                "--policy.type=xmodal needs --policy.recipe=FILE, the recipe.yaml of the run that trained it"
+            )
+        recipe = config.load(self.recipe, self.overrides)
+        if not isinstance(recipe, ActionRecipe):
+            raise ValueError(f"{self.recipe} is a recipe of modality {recipe.modality}; a policy needs one of action")
+        return recipe
+
     @property
     def observation_delta_indices(self) -> None:
         return None
 
     @property
     def action_delta_indices(self) -> list[int]:
-        from lerobot_policy_xmodal.modeling_xmodal import read
-
-        return list(range(read(self).robot.chunk))
+        return list(range(self.read().robot.chunk))
 
     @property
     def reward_delta_indices(self) -> None:

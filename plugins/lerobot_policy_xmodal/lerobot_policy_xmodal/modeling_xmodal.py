@@ -14,23 +14,11 @@ from torch import Tensor
 
 from lerobot_policy_xmodal.configuration_xmodal import XmodalConfig
 from modalities.action.lerobot import camera_of
-from xmodal_opd import config as recipes
 from xmodal_opd.hidden import head, hidden_repeated, inputs_on
 from xmodal_opd.inspect import measured
 from xmodal_opd.rollout.decode import decode
-from xmodal_opd.schema import ActionRecipe
 
 IMAGE, PADDED = "observation.image", "action_is_pad"
-
-
-def read(config: XmodalConfig) -> ActionRecipe:
-    """Raises ValueError where the recipe is none of a robot."""
-    if not config.recipe:
-        raise ValueError("--policy.type=xmodal needs --policy.recipe=FILE, the recipe.yaml of the run that trained it")
-    recipe = recipes.load(config.recipe, config.overrides)
-    if not isinstance(recipe, ActionRecipe):
-        raise ValueError(f"{config.recipe} is a recipe of modality {recipe.modality}; a policy needs one of action")
-    return recipe
 
 
 class XmodalPolicy(PreTrainedPolicy):
@@ -39,7 +27,7 @@ class XmodalPolicy(PreTrainedPolicy):
 
     def __init__(self, config: XmodalConfig, **_: Any):
         super().__init__(config)
-        parts = measured(read(config), config.checkpoint)
+        parts = measured(config.read(), config.checkpoint)
         self.model, self.acting, self.sampler = parts.student, parts.adapter, parts.sampler
         self.acting.privileged = False  # there is no text of the state to make the teacher's view of
         self.random = np.random.default_rng(config.seed)
