@@ -70,7 +70,7 @@ def test_mistakes_are_answered_in_one_sentence(override, message):
 
 def test_a_gate_on_what_the_judge_sees_stands():
     load("objective.tokens.weights=[{gate: {score: sequences_reward}}]", "objective.tokens.scale=2.0")
-    assert signature(WEIGHTS["gate"]).parameters["score"].default == "text_reward", "which config.py repeats"
+    assert signature(WEIGHTS["gate"]).parameters["score"].default == "text_reward", "which consistency.py repeats"
 
 
 def test_files_that_are_no_recipes(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def held_out(adapter, seed: int) -> dict[str, list]:
-    """What the accuracies after each stage are of: 300 questions as text and as clean speech; 300 scenes as text, as
+    """What the accuracies after each lesson are of: 300 questions as text and as clean speech; 300 scenes as text, as
     the clean pictures of these lessons, and as the worn ones of a recipe's test."""
     from modalities.vision.draw import random_look
     from modalities.vision.tasks import SCENES

@@ -6,7 +6,7 @@
         --output runs/pi0 --video 1
     python tools/eval_robot.py --suite robotwin --python "$(python tools/install_robotwin.py)" --policy expert \\
         --tasks stack_blocks_two --episodes-per-task 1 --output runs/blocks
-    python tools/eval_robot.py --suite metaworld --tasks reach-v3,push-v3 --policy RUN/checkpoints/step-000100 \\
+    python tools/eval_robot.py --suite metaworld --tasks reach-v3,push-v3 --policy RUN/checkpoints/step-000020 \\
         --recipe configs/vla_opd.yaml --output runs/mine
 
 POLICY is a model folder of ours (with the recipe it was trained by, whose robot.options are the world's too where they

@@ -2,7 +2,7 @@
 """Serve a policy to simulators on this machine: over HTTP for tools/eval_robot.py, over websockets as openpi and
 RoboTwin's XPolicyLab speak, and over TCP as RoboTwin's own evaluation does.
 
-    python tools/serve_policy.py RUN/checkpoints/step-000100 --recipe configs/vla_opd.yaml --size 4 --port 8000
+    python tools/serve_policy.py RUN/checkpoints/step-000020 --recipe configs/vla_opd.yaml --size 4 --port 8000
     python tools/eval_robot.py --suite metaworld --policy http://127.0.0.1:8000 --output runs/served
 
 The port is HTTP's; openpi's, TCP's and XPolicyLab's follow. Only this machine can reach them. POST /act takes

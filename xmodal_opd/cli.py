@@ -1,6 +1,7 @@
 """xmodal-opd train | eval | check | export | show | report. Heavy imports come after the arguments are read."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -181,7 +182,7 @@ def show(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xmodal_opd import figures, history, report
+    from xmodal_opd import history, report
 
     runs = [Path(run) for run in arguments.runs]
     summaries = history.load_summaries(runs)
@@ -191,23 +192,26 @@ def report(arguments: argparse.Namespace) -> int:
         folders[str(told["method"])].append(run)
     if arguments.metrics:
         print(report.metrics_table(folders, arguments.metrics))
-    if arguments.figure and arguments.metrics:
-        print(figures.metrics_figure(folders, arguments.metrics, Path(arguments.figure)))
-    elif arguments.figure:
-        print(figures.gap_figure(folders, Path(arguments.figure)))
+    if arguments.figure:
+        from xmodal_opd import figures
+
+        path, names = Path(arguments.figure), arguments.metrics
+        print(figures.metrics_figure(folders, names, path) if names else figures.gap_figure(folders, path))
     return 0
 
 
 def quiet() -> None:
     """Libraries keep their progress bars and advice to themselves."""
-    import logging
-
     from transformers.utils import logging as of_transformers
 
     of_transformers.disable_progress_bar()
     of_transformers.set_verbosity_error()
-    # where it is installed, accelerate imports it while a model is saved, and it sets its own level then
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # accelerate imports DeepSpeed, where that is installed, while a model is saved; its logger then sets its own level
+    logging.getLogger("DeepSpeed").addFilter(is_error)
+
+
+def is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 if __name__ == "__main__":

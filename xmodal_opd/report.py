@@ -14,8 +14,6 @@ from rich.table import Table
 from xmodal_opd.history import by_method, read, tenths
 from xmodal_opd.statistics import accuracies, bootstrap_interval, shares
 
-# ---- tables
-
 
 def closing_table(summary: Mapping[str, Any]) -> Table:
     """Accuracies (of a robot: success) and gap before and after, in percent with 95 % intervals, overall and per task;

@@ -1,4 +1,4 @@
-"""What lessons are made of: an example, its loss, a fit, and what was learnt of it."""
+"""What lessons are made of: an example, its loss, a fit, what was learnt; and how they follow one another."""
 
 import itertools
 import time
@@ -67,7 +67,7 @@ def teach(
     lessons: Mapping[str, Callable[[Any, Any, int], None]],
     work: Path,
     seed: int,
-    learnt: Callable[[], Any] = str,
+    learnt: Callable[[], object] | None = None,
 ) -> None:
     """The lessons in their order, each from where the one before ended and the seed; what is kept in `work` is not
     learnt again. After each, what is `learnt` is printed."""
@@ -81,7 +81,7 @@ def teach(
             lesson(model, adapter, seed)
             torch.save(model.state_dict(), kept)
         model.load_state_dict(torch.load(kept, weights_only=True))
-        print(f"after {name}, {time.monotonic() - began:.0f} s: {learnt()}", flush=True)
+        print(f"after {name}, {time.monotonic() - began:.0f} s" + (f": {learnt()}" if learnt else ""), flush=True)
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Clips and pictures for the lessons, made by two processes, which must start soon: no model is imported here."""
+"""Clips and pictures for the lessons, made by two processes, which import this file: nothing heavy at its top."""
 
 import itertools
 import random
@@ -7,8 +7,6 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-import torch
-import torchaudio
 
 from modalities.audio.speech import random_voice, speak
 from modalities.tasks import questions
@@ -20,6 +18,9 @@ ACCENTS = ("en-us",)
 
 def utterance(question_and_voice):
     """Waveform at 16 kHz; runs in worker processes."""
+    import torch
+    import torchaudio
+
     torch.set_num_threads(1)
     question, voice = question_and_voice
     wave, rate = speak(question.prompt, voice)

@@ -46,7 +46,7 @@ async def replies_of(endpoint: Endpoint, questions: Sequence[str]) -> list[str |
 
 
 def asker(who: str, **options: Any) -> Callable[[list[str]], list[str | Failure]]:
-    """What the model behind an endpoint replies, with the options of `llm` but `to`."""
+    """What the model behind an endpoint replies, with the options of the judge `llm` (`judge.py`) but `to`."""
     names = ("url", "model", "api_key_env", "timeout", "retries", "concurrency", "max_tokens")
     endpoint = endpoint_at(who, *(options[name] for name in names))
     return lambda questions: asyncio.run(replies_of(endpoint, questions))

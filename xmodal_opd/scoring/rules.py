@@ -1,4 +1,5 @@
-"""The rules of image-question benchmarks, as published: what each reads in a response, and when that is right.
+"""The rules of image-question benchmarks: what each reads in a response, as published; a quick rule of ours for where
+that reads nothing or asks a model; and when an answer is right.
 
 A doc is what the layout keeps of a question for its scoring; all have "answer".
 """
