@@ -1,8 +1,7 @@
 """What a recipe may say: every part and key, with its type and default, and the names inside it that others ask for.
 
-Reading one from YAML is `config.py`, and
-what must fit together in it `consistency.py`. The pieces of the objective (divergences, weights, …) are named here and looked up
-when the recipe is built.
+Reading one from YAML is `config.py`, and what must fit together in it `consistency.py`. The pieces of the objective
+(divergences, weights, …) are named here and looked up when the recipe is built.
 """
 
 from collections.abc import Mapping
