@@ -38,9 +38,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.slow
 def test_the_model_that_hears_and_sees_is_built_from_nothing_and_goes_on(tmp_path, monkeypatch, capsys):
     fits = brief(monkeypatch)
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: nullcontext()
-    )  # bfloat16 is slow on some
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # bfloat16 is slow on some
     build_tiny.build(tmp_path / "model", tmp_path / "work", 0, None)
     assert len(fits) == len(build_tiny.lessons(from_base=False)) == len(list((tmp_path / "work").glob("*.pt")))
     model, processor = load_model(str(tmp_path / "model")), load_processor(str(tmp_path / "model"))
