@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -246,13 +247,24 @@ def test_files_of_another_form_are_refused_in_a_sentence(tmp_path):
         find(str(tmp_path))
 
 
+def test_an_image_may_stand_in_a_json_record_itself(tmp_path):
+    code = b64encode(png()).decode()
+    for image in ({"bytes": code}, f"data:image/png;base64,{code}"):
+        (sample,) = samples("mathvista", lines(tmp_path / "m.jsonl", [mathvista(1, image=image)]))
+        assert list(sample["media"].values()) == [png()]
+
+
 def test_records_that_are_of_no_use_are_named(tmp_path):
     cases = [
         ("mmmu", mmmu(1, answer="?"), "has no answer; of many benchmarks' test splits none are published"),
         ("mathvista", mathvista(1, image="a.png", answer=""), "its image 'a.png' is not beside it"),
         ("mathvista", mathvista(1, image="../secret.png"), "its image '../secret.png' is not beside it"),
         ("mathvista", mathvista(1, image=""), "it has no image"),
-        ("mathvista", mathvista(1, image="iVBO/" * 1000), "its image is 5000 characters of text, which no path has"),
+        (
+            "mathvista",
+            mathvista(1, image="iVBO/" * 1000),
+            "its image is 5000 characters of text; bytes in base64 stand behind",
+        ),
         ("mathvista", mathvista(1, image="i", choices=[]), "it asks for a choice among 0 options"),
         ("mathvista", mathvista(1, image="i", metadata={}), "cannot be read: it has no 'task'"),
         ("mmmu", mmmu(1, options="['a', "), "its list of options is none"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from modalities.records import LONGEST_PATH
+from modalities.records import opened, source_of
 from modalities.rows import Row, rows
 from xmodal_opd.types import SampleError
 
@@ -199,19 +199,19 @@ def words(text: str) -> list[dict[str, str]]:
 def data(image: Any, file: Path, folders: Sequence[str]) -> bytes:
     """The bytes of an image file in any of the forms it is kept in. A path is one beside the records, and inside; it
     may be a link to elsewhere, as all files of a hub's cache are."""
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        image = image["bytes"]
     if isinstance(image, bytes):
         return image
-    if not isinstance(image, str) or not image:
+    source, root = source_of(image), file.parent.absolute()
+    if not source:
         raise SampleError("it has no image")
-    if len(image) > LONGEST_PATH or "\0" in image:
-        raise SampleError(f"its image is {len(image)} characters of text, which no path has")
-    root = file.parent.absolute()
-    places = [Path(os.path.normpath(root / folder / image)) for folder in ("", *folders)]
+    if isinstance(held := opened(source, root, "image"), bytes):
+        return held
+    places = [Path(os.path.normpath(root / folder / source)) for folder in ("", *folders)]
     found = next((place for place in places if place.is_relative_to(root) and place.is_file()), None)
     if found is None:
-        raise SampleError(f"its image {image!r} is not beside it: no {' and no '.join(map(str, places))}")
+        raise SampleError(f"its image {source!r} is not beside it: no {' and no '.join(map(str, places))}")
     return found.read_bytes()
 
 
